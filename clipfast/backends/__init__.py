@@ -1,0 +1,26 @@
+"""One module per backend; `clipfast.dispatch.BACKENDS` lists them in order of preference.
+
+Every backend holds the same five names:
+
+    NAME
+    unsupported_reasons(problem) -> tuple of sentences, empty if it can run
+    workspace_bytes(problem) -> predicted peak of its temporaries in forward and backward, outputs excluded
+    forward(x, y, scale, bias, diag_offset) -> row_lse [n], col_lse [m], positive [n]
+    backward(x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, diag_offset)
+        -> dx [n, d], dy [m, d], dscale []
+
+on a block of logits L = scale * x y^T + bias, in which the positive of row i is column p = i + diag_offset:
+
+    positive_i = L_ip                               (0 where p lies outside the block)
+    row_lse_i  = log sum_{j != p} exp L_ij          over the row's negatives, -inf if there are none
+    col_lse_j  = log sum_{i + diag_offset != j} exp L_ij
+
+    G_ij = row_weight_i exp(L_ij - row_lse_i) + col_weight_j exp(L_ij - col_lse_j),   G_ip = positive_weight_i
+    dx = scale G y,   dy = scale G^T x,   dscale = sum_i <(G y)_i, x_i>
+
+Leaving the positive out of the logsumexps is what keeps a well-trained model's loss and gradient precise: there
+P_ii is 1 - 1e-9, and P_ii - 1 taken from a rounded logsumexp would be noise. Here it never is a difference.
+
+x and y have one dtype; statistics, weights, scale and bias have its accumulation dtype; dx and dy have the dtype of
+x and y. Blocks merge: logaddexp over their logsumexps, sum over their positives. Scale and bias are 0-D.
+"""

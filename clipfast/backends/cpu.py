@@ -1,0 +1,94 @@
+"""The compiled C++ kernels (csrc/) on CPU tensors. Pointers and strides go in, so torch is no build requirement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast.problem import Problem
+
+try:
+    from clipfast import _cpu
+except ImportError as error:
+    _cpu = None
+    _MISSING = (
+        f"the compiled extension clipfast._cpu is missing ({error}); clipfast was imported from "
+        f"{Path(__file__).parents[1]}: reinstall it with a C++17 compiler on the machine (pip install . , or "
+        "pip install -e . to import from the source tree)"
+    )
+
+NAME = "cpu"
+
+
+def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
+    reasons = []
+    if _cpu is None:
+        reasons.append(_MISSING)
+    if problem.device.type != "cpu":
+        reasons.append(f"runs on CPU tensors only, the inputs are on {problem.device}")
+    return tuple(reasons)
+
+
+def workspace_bytes(problem: Problem) -> int:
+    sizes = (problem.n, problem.m, problem.d)
+    block = _cpu.Block(_name(problem.dtype), *sizes, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
+    return int(_cpu.workspace_bytes(block, torch.get_num_threads()))
+
+
+def forward(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    diag_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_lse, col_lse, positive = scale.new_empty(len(x)), scale.new_empty(len(y)), scale.new_empty(len(x))
+    _cpu.forward(
+        _block(x, y, scale, bias, diag_offset),
+        row_lse.data_ptr(),
+        col_lse.data_ptr(),
+        positive.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return row_lse, col_lse, positive
+
+
+def backward(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    row_lse: Tensor,  # [n]
+    col_lse: Tensor,  # [m]
+    row_weight: Tensor,  # [n]
+    col_weight: Tensor,  # [m]
+    positive_weight: Tensor,  # [n]
+    diag_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = [v.contiguous() for v in (row_lse, col_lse, row_weight, col_weight, positive_weight)]
+    dx, dy = x.new_empty(x.shape), y.new_empty(y.shape)
+    dscale = _cpu.backward(
+        _block(x, y, scale, bias, diag_offset),
+        *(v.data_ptr() for v in vectors),
+        dx.data_ptr(),
+        dy.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dx, dy, scale.new_full((), dscale)
+
+
+def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int) -> Any:
+    return _cpu.Block(
+        _name(x.dtype),
+        *(len(x), len(y), x.shape[1]),
+        *(x.data_ptr(), *x.stride()),
+        *(y.data_ptr(), *y.stride()),
+        *(float(scale), float(bias), diag_offset),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

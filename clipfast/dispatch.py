@@ -1,0 +1,120 @@
+"""Which backend computes a problem, and why: an ordered tuple of backends, each with its reasons against itself."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from clipfast.backends import cpu, torch as torch_backend
+from clipfast.problem import Problem
+
+# `auto` takes the first that reports no reason against itself, so the order is the order of speed.
+BACKENDS: tuple[ModuleType, ...] = (torch_backend, cpu)
+
+ENVIRONMENT_VARIABLE = "CLIPFAST_BACKEND"
+
+
+def names() -> tuple[str, ...]:
+    return tuple(backend.NAME for backend in BACKENDS)
+
+
+def get(name: str) -> ModuleType:
+    """The backend called `name`."""
+    for backend in BACKENDS:
+        if backend.NAME == name:
+            return backend
+    raise ValueError(f"backend: {name!r} is unknown; accepted are {', '.join(map(repr, ('auto', *names())))}")
+
+
+def select(problem: Problem, backend: str = "auto") -> str:
+    """The name of the backend that computes `problem`.
+
+    `backend="auto"` asks the environment variable CLIPFAST_BACKEND, and where that is unset or "auto" takes the first
+    backend without a reason against itself. A backend that is named, in either way, never falls back to another.
+
+    Raises:
+        ValueError: the name is unknown, or the backend cannot run the problem; the text holds every reason.
+    """
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    chosen = BACKENDS if backend == "auto" else (get(backend),)
+    refusals = []
+    for candidate in chosen:
+        reasons = candidate.unsupported_reasons(problem)
+        if not reasons:
+            return str(candidate.NAME)
+        refusals += [f"{candidate.NAME}: {reason}" for reason in reasons]
+    raise ValueError(f"backend: {backend!r} cannot run this problem. " + "; ".join(refusals))
+
+
+def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, ...]]:
+    """Every backend's name with its reasons not to run on `device`, best first; no reason means it can run."""
+    problem = Problem(n=1, m=1, d=1, dtype=torch.float32, device=torch.device(device))
+    return {backend.NAME: backend.unsupported_reasons(problem) for backend in BACKENDS}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `clipfast.contrastive_loss` would do with a problem; print it to read it.
+
+    Bytes are predicted, P counts matrix products of n*m*d multiply-adds (2*n*m*d floating-point operations each).
+    """
+
+    problem: Problem
+    chosen: str
+    refused: dict[str, tuple[str, ...]]
+    saved_bytes: int
+    workspace_bytes: int
+    gradient_bytes: int
+    dense_logits_bytes: int
+    forward_products: int = 1
+    backward_products: int = 3
+
+    def __str__(self) -> str:
+        p = self.problem
+        lines = [
+            f"x [{p.n}, {p.d}], y [{p.m}, {p.d}], {p.dtype}, on {p.device}",
+            f"backend: {self.chosen}",
+            *(f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.refused.items()),
+            f"saved for backward:  {_mib(self.saved_bytes)}",
+            f"workspace at most:   {_mib(self.workspace_bytes)}",
+            f"gradients dx, dy:    {_mib(self.gradient_bytes)}",
+            f"one n*m logits copy: {_mib(self.dense_logits_bytes)} (never stored)",
+            f"products: {self.forward_products} P forward, {self.backward_products} P backward",
+        ]
+        return "\n".join(lines)
+
+
+def explain(
+    n: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    m: int | None = None,
+    backend: str = "auto",
+) -> Explanation:
+    """Tell what would run for image features [n, d] and text features [m, d] (m = n if not given), and what it costs.
+
+    Raises:
+        ValueError: the backend that was named is unknown or cannot run this problem.
+    """
+    problem = Problem(n=n, m=n if m is None else m, d=d, dtype=dtype, device=torch.device(device))
+    chosen = select(problem, backend)
+    before = BACKENDS[: names().index(chosen)]
+    return Explanation(
+        problem=problem,
+        chosen=chosen,
+        refused={b.NAME: b.unsupported_reasons(problem) or ("not asked for",) for b in before},
+        saved_bytes=problem.saved_bytes,
+        workspace_bytes=get(chosen).workspace_bytes(problem),
+        gradient_bytes=problem.input_bytes,
+        dense_logits_bytes=problem.n * problem.m * 4,
+    )
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,202 @@
+"""The losses as functions: check the arguments, then compute."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from clipfast import dispatch
+from clipfast.autograd import block_statistics
+from clipfast.problem import DTYPES, Problem, accumulation_dtype
+
+GRAD_REDUCTIONS = ("mean", "sum")
+
+
+def contrastive_loss(
+    image_features: Tensor,  # [n, d]
+    text_features: Tensor,  # [m, d]
+    logit_scale: Tensor | float,  # exp(t)
+    logit_bias: Tensor | float | None = None,
+    *,
+    normalize: bool = False,
+    label_smoothing: float = 0.0,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    group: Any = None,
+    grad_reduction: str = "mean",
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:  # 0-D
+    """CLIP's symmetric cross-entropy over the batch, without ever storing the n*m logits.
+
+    Equal to (Radford et al. 2021, arXiv:2103.00020, figure 3)::
+
+        logits = logit_scale * image_features @ text_features.T + logit_bias          # [n, m], never stored
+        labels = torch.arange(n)
+        loss = (cross_entropy(logits, labels) + cross_entropy(logits.T[:n], labels)) / 2
+
+    in value and in the gradients of all four inputs. Forward and backward together cost four n*m*d matrix products
+    and O((n + m) d) memory. Logits and sums are float32 (float64 for float64 features), also under autocast.
+
+    Args:
+        image_features: [n, d], n >= 1, any strides; float32, bfloat16, float16 or float64. Row i belongs to text row i.
+        text_features: [m, d], m >= n; rows from n on are extra negatives. A pair of dtypes is promoted as by torch.
+        logit_scale: the factor exp(t), already exponentiated; a number or a tensor of one element. Never clamped.
+        logit_bias: added to every logit; it cannot change this loss, its gradient is zero up to rounding.
+        normalize: l2-normalize the rows first. Without it the features are taken as they are, of any length.
+        label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
+        image_ids: not available yet.
+        text_ids: not available yet.
+        group: a process group to compute the global loss over; of more than one process: not available yet.
+        grad_reduction: "mean" or "sum", how the data-parallel wrapper reduces gradients; no effect in one process.
+        deterministic: every backend repeats bitwise, so None, True and False give the same result.
+        backend: "auto" or a name from `clipfast.backends()`; a name never falls back to another backend.
+
+    Returns:
+        A 0-D tensor, float32 (float64 for float64 features). Gradients have their input's dtype and shape.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
+        NotImplementedError: an option that is marked as not available yet.
+    """
+    x, y = matched_features(image_features, text_features)
+    accumulator = accumulation_dtype(x.dtype)
+    scale = _scalar("logit_scale", logit_scale, accumulator, x.device)
+    bias = _scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, accumulator, x.device)
+    label_smoothing = _fraction("label_smoothing", label_smoothing)
+    _flag("normalize", normalize)
+    _flag("deterministic", False if deterministic is None else deterministic)
+    if grad_reduction not in GRAD_REDUCTIONS:
+        raise ValueError(f"grad_reduction: got {grad_reduction!r}; accepted are 'mean' and 'sum'")
+    _refuse_ids(image_ids, text_ids)
+    _refuse_group(group)
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: got {_name(backend)}; accepted is a name from clipfast.backends()")
+    backend = dispatch.select(Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device), backend)
+
+    if normalize:
+        x, y = l2_normalize(x), l2_normalize(y)
+    row_lse, col_lse, positive = block_statistics(x, y, scale, bias, 0, backend)
+    loss = symmetric_cross_entropy(row_lse, col_lse, positive)
+    if label_smoothing:
+        loss = loss + label_smoothing * _smoothing(x, y, scale, bias, positive)
+    return loss
+
+
+def symmetric_cross_entropy(
+    row_lse: Tensor,  # [n], over each row's negatives
+    col_lse: Tensor,  # [m], over each column's negatives
+    positive: Tensor,  # [n]
+) -> Tensor:  # 0-D
+    """Mean cross-entropy of both directions from the block statistics.
+
+    With the logsumexp z over the negatives alone, -log softmax of the positive p is log(1 + exp(z - p)), which keeps its
+    relative precision, and that of its gradient sigmoid(z - p), however small it gets.
+    """
+    # An infinite positive makes the dense formula NaN (inf - inf); 0 * positive brings that NaN back.
+    positive = positive + 0 * positive
+    image_to_text = -logsigmoid(positive - row_lse)
+    text_to_image = -logsigmoid(positive - col_lse[: positive.shape[0]])
+    return (image_to_text.mean() + text_to_image.mean()) / 2
+
+
+def l2_normalize(features: Tensor) -> Tensor:
+    """Rows of length 1 in the features' dtype, with norms in the accumulation dtype; a zero row stays zero."""
+    norms = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=accumulation_dtype(features.dtype))
+    return (features / norms.clamp_min(1e-12)).to(features.dtype)
+
+
+def _smoothing(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    positive: Tensor,  # [n]
+) -> Tensor:  # 0-D
+    """What label smoothing adds per unit: mean positive minus mean logit. Means of logits need only mean features."""
+    n, accumulator = x.shape[0], scale.dtype
+    mean_x = x.mean(dim=0, dtype=accumulator)
+    mean_y = (y.mean(dim=0, dtype=accumulator) + y[:n].mean(dim=0, dtype=accumulator)) / 2
+    return positive.mean() - (scale * (mean_x * mean_y).sum() + bias)
+
+
+def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Both feature matrices, checked and promoted to one dtype."""
+    named = {"image_features": image_features, "text_features": text_features}
+    for name, features in named.items():
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name}: got {_name(features)}; accepted is a torch.Tensor")
+        if features.layout != torch.strided:
+            raise TypeError(f"{name}: got layout {features.layout}; accepted is a dense (strided) tensor")
+        if features.dtype not in DTYPES:
+            raise TypeError(f"{name}: got {features.dtype}; accepted are {', '.join(map(str, DTYPES))}")
+        if features.ndim != 2:
+            raise ValueError(f"{name}: got shape {_shape(features)}; accepted is [rows, d]")
+        if features.shape[0] == 0 or features.shape[1] == 0:
+            raise ValueError(f"{name}: got shape {_shape(features)}; at least one row and one column are needed")
+    n, m = image_features.shape[0], text_features.shape[0]
+    if image_features.shape[1] != text_features.shape[1]:
+        raise ValueError(
+            f"text_features: got shape {_shape(text_features)}; its d must be that of image_features, "
+            f"{_shape(image_features)}"
+        )
+    if m < n:
+        raise ValueError(f"text_features: got {m} rows; accepted are at least the {n} rows of image_features")
+    if image_features.device != text_features.device:
+        raise ValueError(
+            f"text_features: is on {text_features.device}; image_features is on {image_features.device}, "
+            "both must be on one device"
+        )
+    promoted = torch.promote_types(image_features.dtype, text_features.dtype)
+    return image_features.to(promoted), text_features.to(promoted)
+
+
+def _scalar(name: str, value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-D tensor of the given dtype on the given device, differentiable where value is."""
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name}: got a tensor of {value.dtype}; accepted is a floating-point one")
+        if value.numel() != 1:
+            raise ValueError(f"{name}: got shape {_shape(value)}; accepted is a single element")
+        return value.reshape(()).to(device=device, dtype=dtype)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {_name(value)}; accepted is a number or a tensor of one element")
+    return torch.full((), float(value), dtype=dtype, device=device)
+
+
+def _fraction(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {_name(value)}; accepted is a number from 0 to 1")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: got {value}; accepted is a number from 0 to 1")
+    return float(value)
+
+
+def _flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {_name(value)}; accepted is True or False")
+
+
+def _refuse_ids(image_ids: Tensor | None, text_ids: Tensor | None) -> None:
+    for name, ids in {"image_ids": image_ids, "text_ids": text_ids}.items():
+        if ids is not None:
+            raise NotImplementedError(f"{name}: masking pairs by group ids is not available yet; pass None")
+
+
+def _refuse_group(group: Any) -> None:
+    if group is not None and torch.distributed.get_world_size(group) > 1:
+        raise NotImplementedError(
+            "group: the loss over several processes is not available yet; pass None for each process's own batch"
+        )
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _name(value: object) -> str:
+    return type(value).__name__

@@ -1,0 +1,57 @@
+// clipfast._cpu: pointers, strides and scalars in, nothing computed here. Arguments are checked by the Python side.
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace clipfast;
+
+namespace {
+
+DType dtype_from(const std::string& name) {
+    if (name == "float32") return DType::float32;
+    if (name == "float64") return DType::float64;
+    if (name == "bfloat16") return DType::bfloat16;
+    if (name == "float16") return DType::float16;
+    throw std::invalid_argument("dtype: got " + name + "; accepted are float32, float64, bfloat16, float16");
+}
+
+void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+Block make_block(const std::string& dtype, index_t n, index_t m, index_t d, std::uintptr_t x, index_t x_row_stride,
+                 index_t x_col_stride, std::uintptr_t y, index_t y_row_stride, index_t y_col_stride, double scale,
+                 double bias, index_t diag_offset) {
+    return {dtype_from(dtype),
+            {pointer(x), n, d, x_row_stride, x_col_stride},
+            {pointer(y), m, d, y_row_stride, y_col_stride},
+            scale,
+            bias,
+            diag_offset};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    module.doc() = "clipfast's compiled CPU kernels";
+    py::class_<Block>(module, "Block").def(py::init(&make_block));
+    module.def(
+        "forward",
+        [](const Block& block, std::uintptr_t row_lse, std::uintptr_t col_lse, std::uintptr_t positive, int threads) {
+            py::gil_scoped_release unlocked;
+            portable::forward(block, {pointer(row_lse), pointer(col_lse), pointer(positive)}, threads);
+        });
+    module.def("backward", [](const Block& block, std::uintptr_t row_lse, std::uintptr_t col_lse,
+                              std::uintptr_t row_weight, std::uintptr_t col_weight, std::uintptr_t positive_weight,
+                              std::uintptr_t dx, std::uintptr_t dy, int threads) {
+        py::gil_scoped_release unlocked;
+        return portable::backward(block,
+                                  {pointer(row_lse), pointer(col_lse), pointer(row_weight), pointer(col_weight),
+                                   pointer(positive_weight)},
+                                  {pointer(dx), pointer(dy)}, threads);
+    });
+    module.def("workspace_bytes", &portable::workspace_bytes, "Peak bytes of a backward pass's buffers.");
+}

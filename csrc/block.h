@@ -1,0 +1,45 @@
+// One block of logits as the bindings hand it to a kernel. What is computed: clipfast/backends/__init__.py.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace clipfast {
+
+using index_t = std::int64_t;
+
+enum class DType { float32, float64, bfloat16, float16 };
+
+struct Matrix {
+    const void* data;
+    index_t rows, cols;
+    index_t row_stride, col_stride;  // in elements
+};
+
+struct Block {
+    DType dtype;  // of x, y, dx and dy; statistics, weights and scalars have the compute type
+    Matrix x;     // [n, d]
+    Matrix y;     // [m, d]
+    double scale, bias;
+    index_t diag_offset;  // the positive of row i is column i + diag_offset, if that lies inside
+
+    index_t n() const { return x.rows; }
+    index_t m() const { return y.rows; }
+    index_t d() const { return x.cols; }
+};
+
+// Statistics are in natural-log units. Pointers are to contiguous arrays of the compute type.
+struct Statistics {
+    void *row_lse, *col_lse, *positive;  // [n], [m], [n]
+};
+
+struct Weights {
+    const void *row_lse, *col_lse;                        // [n], [m]
+    const void *row_weight, *col_weight, *positive_weight;  // [n], [m], [n]
+};
+
+struct Gradients {
+    void *dx, *dy;  // [n, d], [m, d], contiguous, of the block's dtype
+};
+
+}  // namespace clipfast
