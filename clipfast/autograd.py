@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipfast import dispatch
-from clipfast.problem import positive_rows
+from clipfast.problem import positive_rows, statistics_dtype
 
 
 @torch.library.custom_op("clipfast::block_statistics", mutates_args=())
@@ -55,7 +55,10 @@ def block_statistics_backward(
 def _(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return scale.new_empty(x.shape[0]), scale.new_empty(y.shape[0]), scale.new_empty(x.shape[0])
+    row_lse, col_lse, positive = (
+        x.new_empty(size, dtype=statistics_dtype(x.device)) for size in (x.shape[0], y.shape[0], x.shape[0])
+    )
+    return row_lse, col_lse, positive
 
 
 @block_statistics_backward.register_fake
@@ -92,7 +95,7 @@ def _backward(
     # db = sum_ij G_ij, and each exp(L_ij - lse) sums to 1 over its row or column.
     first, last = positive_rows(x.shape[0], y.shape[0], ctx.diag_offset)
     dbias = row_weight.sum() + col_weight.sum() + positive_weight[first:last].sum()
-    return dx, dy, dscale, dbias, None, None
+    return dx, dy, dscale, dbias.to(bias.dtype), None, None
 
 
 def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:

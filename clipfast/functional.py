@@ -84,7 +84,7 @@ def contrastive_loss(
     loss = symmetric_cross_entropy(row_lse, col_lse, positive)
     if label_smoothing:
         loss = loss + label_smoothing * _smoothing(x, y, scale, bias, positive)
-    return loss
+    return loss.to(accumulator)
 
 
 def symmetric_cross_entropy(

@@ -1,10 +1,11 @@
-"""What a backend is asked to compute, as plain data."""
+"""What a backend is asked to compute: its size and place, its dtypes, where its positives are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES, torch.float64)
@@ -13,6 +14,14 @@ DTYPES = (torch.float32, *HALF_DTYPES, torch.float64)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of every sum, statistic and logit: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of the O(n) statistics between the passes: float64, where the device has it.
+
+    A logsumexp near 100 that is rounded to float32 would put a relative error of 4e-6 on every probability of its row.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
@@ -32,10 +41,24 @@ class Problem:
     @property
     def saved_bytes(self) -> int:
         """Bytes that autograd keeps for the backward pass: x, y, scale, bias and the two logsumexps."""
-        return self.input_bytes + (self.n + self.m + 2) * accumulation_dtype(self.dtype).itemsize
+        logsumexps = (self.n + self.m) * statistics_dtype(self.device).itemsize
+        return self.input_bytes + logsumexps + 2 * accumulation_dtype(self.dtype).itemsize
 
 
 def positive_rows(n: int, m: int, diag_offset: int) -> tuple[int, int]:
     """The range of rows whose positive, in column `row + diag_offset`, lies inside an [n, m] block."""
     first = max(0, -diag_offset)
     return first, max(first, min(n, m - diag_offset))
+
+
+def round_statistics(
+    lse: Tensor, weight: Tensor, dtype: torch.dtype, log_unit: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """A logsumexp in `dtype`, times log_unit, and a weight that makes up for the rounding.
+
+    weight' exp(L - lse') = weight exp(L - lse), exactly but for one rounding of weight'. With log_unit = log2(e) the
+    logsumexp is in log2 units.
+    """
+    rounded = (lse * log_unit).to(dtype)
+    correction = torch.where(lse.isneginf(), 0, rounded / log_unit - lse)
+    return rounded, (weight * correction.exp()).to(dtype)

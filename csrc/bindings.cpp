@@ -20,7 +20,10 @@ DType dtype_from(const std::string& name) {
     throw std::invalid_argument("dtype: got " + name + "; accepted are float32, float64, bfloat16, float16");
 }
 
-void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+template <class T = void>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
 Block make_block(const std::string& dtype, index_t n, index_t m, index_t d, std::uintptr_t x, index_t x_row_stride,
                  index_t x_col_stride, std::uintptr_t y, index_t y_row_stride, index_t y_col_stride, double scale,
@@ -38,18 +41,18 @@ Block make_block(const std::string& dtype, index_t n, index_t m, index_t d, std:
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "clipfast's compiled CPU kernels";
     py::class_<Block>(module, "Block").def(py::init(&make_block));
-    module.def(
-        "forward",
-        [](const Block& block, std::uintptr_t row_lse, std::uintptr_t col_lse, std::uintptr_t positive, int threads) {
-            py::gil_scoped_release unlocked;
-            portable::forward(block, {pointer(row_lse), pointer(col_lse), pointer(positive)}, threads);
-        });
-    module.def("backward", [](const Block& block, std::uintptr_t row_lse, std::uintptr_t col_lse,
-                              std::uintptr_t row_weight, std::uintptr_t col_weight, std::uintptr_t positive_weight,
+    module.def("forward", [](const Block& block, std::uintptr_t row_lse, std::uintptr_t col_lse,
+                             std::uintptr_t positive, int threads) {
+        py::gil_scoped_release unlocked;
+        portable::forward(block, {pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive)},
+                          threads);
+    });
+    module.def("backward", [](const Block& block, std::uintptr_t row_lse, std::uintptr_t row_weight,
+                              std::uintptr_t col_lse, std::uintptr_t col_weight, std::uintptr_t positive_weight,
                               std::uintptr_t dx, std::uintptr_t dy, int threads) {
         py::gil_scoped_release unlocked;
         return portable::backward(block,
-                                  {pointer(row_lse), pointer(col_lse), pointer(row_weight), pointer(col_weight),
+                                  {pointer(row_lse), pointer(row_weight), pointer(col_lse), pointer(col_weight),
                                    pointer(positive_weight)},
                                   {pointer(dx), pointer(dy)}, threads);
     });

@@ -28,14 +28,16 @@ struct Block {
     index_t d() const { return x.cols; }
 };
 
-// Statistics are in natural-log units. Pointers are to contiguous arrays of the compute type.
+// Natural-log units.
 struct Statistics {
-    void *row_lse, *col_lse, *positive;  // [n], [m], [n]
+    double *row_lse, *col_lse, *positive;  // [n], [m], [n]
 };
 
+// Contiguous arrays of the compute type, logsumexps in log2 units.
 struct Weights {
-    const void *row_lse, *col_lse;                        // [n], [m]
-    const void *row_weight, *col_weight, *positive_weight;  // [n], [m], [n]
+    const void *row_lse, *row_weight;  // [n]
+    const void *col_lse, *col_weight;  // [m]
+    const void* positive_weight;       // [n]
 };
 
 struct Gradients {

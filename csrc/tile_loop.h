@@ -21,6 +21,7 @@ namespace clipfast {
 constexpr index_t kTile = 64;         // columns of a tile
 constexpr index_t kGroup = 16;        // rows of a group, the unit of the epilogue
 constexpr index_t kPanel = 128;       // rows of a panel, at most
+constexpr index_t kDepth = 128;        // terms of a sum in registers
 constexpr index_t kPanelBytes = 16 << 20;  // of G for one panel, at most, from kGroup rows on
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
@@ -54,43 +55,44 @@ struct ShiftedSum {
         }
     }
     void add(const ShiftedSum& other) { add(other.shift, other.sum); }
-    T log() const { return T((double(shift) + std::log2(double(sum))) * kLn2); }
+    double log() const { return (double(shift) + std::log2(double(sum))) * kLn2; }
 };
 
-// C[M][N] += A B with A[i][k] at a[i * a_row + k * a_col] and row-major B and C. R rows by W columns stay in registers.
+// C[R][W] += A B over `depth` terms, with the sums in registers; they start at zero, so that long sums are sums of sums.
 template <int R, int W, class T>
 inline void multiply_tile(index_t depth, const T* a, index_t a_row, index_t a_col, const T* b, index_t ldb, T* c,
                           index_t ldc) {
-    T sum[R][W];
-    for (int i = 0; i < R; ++i)
-        for (int j = 0; j < W; ++j) sum[i][j] = c[i * ldc + j];
+    T sum[R][W] = {};
     for (index_t k = 0; k < depth; ++k)
         for (int i = 0; i < R; ++i) {
             const T factor = a[i * a_row + k * a_col];
             for (int j = 0; j < W; ++j) sum[i][j] += factor * b[k * ldb + j];
         }
     for (int i = 0; i < R; ++i)
-        for (int j = 0; j < W; ++j) c[i * ldc + j] = sum[i][j];
+        for (int j = 0; j < W; ++j) c[i * ldc + j] += sum[i][j];
 }
 
+// C[rows][cols] += A B with A[i][k] at a[i * a_row + k * a_col] and row-major B and C.
 template <class T>
 void multiply(index_t rows, index_t cols, index_t depth, const T* a, index_t a_row, index_t a_col, const T* b,
               index_t ldb, T* c, index_t ldc) {
     constexpr int kRows = 4, kCols = 32 / sizeof(T);
-    for (index_t j = 0; j < cols;) {
-        const bool wide = cols - j >= kCols;
-        for (index_t i = 0; i < rows;) {
-            const T* a_i = a + i * a_row;
-            T* c_ij = c + i * ldc + j;
-            const bool tall = rows - i >= kRows;
-            if (tall && wide) multiply_tile<kRows, kCols>(depth, a_i, a_row, a_col, b + j, ldb, c_ij, ldc);
-            else if (tall) multiply_tile<kRows, 1>(depth, a_i, a_row, a_col, b + j, ldb, c_ij, ldc);
-            else if (wide) multiply_tile<1, kCols>(depth, a_i, a_row, a_col, b + j, ldb, c_ij, ldc);
-            else multiply_tile<1, 1>(depth, a_i, a_row, a_col, b + j, ldb, c_ij, ldc);
-            i += tall ? kRows : 1;
+    for (index_t k = 0; k < depth; k += kDepth)
+        for (index_t j = 0; j < cols;) {
+            const bool wide = cols - j >= kCols;
+            for (index_t i = 0; i < rows;) {
+                const bool tall = rows - i >= kRows;
+                const index_t terms = std::min(kDepth, depth - k);
+                const T *a_ik = a + i * a_row + k * a_col, *b_kj = b + k * ldb + j;
+                T* c_ij = c + i * ldc + j;
+                if (tall && wide) multiply_tile<kRows, kCols>(terms, a_ik, a_row, a_col, b_kj, ldb, c_ij, ldc);
+                else if (tall) multiply_tile<kRows, 1>(terms, a_ik, a_row, a_col, b_kj, ldb, c_ij, ldc);
+                else if (wide) multiply_tile<1, kCols>(terms, a_ik, a_row, a_col, b_kj, ldb, c_ij, ldc);
+                else multiply_tile<1, 1>(terms, a_ik, a_row, a_col, b_kj, ldb, c_ij, ldc);
+                i += tall ? kRows : 1;
+            }
+            j += wide ? kCols : 1;
         }
-        j += wide ? kCols : 1;
-    }
 }
 
 // A group of logits in log2 units: rows x cols at s, and the column of row 0's positive.
@@ -147,17 +149,16 @@ class Kernel {
 
     void forward(const Statistics& out) {
         const index_t n = block_.n(), m = block_.m();
-        T* positive = static_cast<T*>(out.positive);
         std::vector<ShiftedSum<T>> columns(m), partial(tiles_ * panel_);
         for (index_t first = 0; first < n; first += panel_) {
             const index_t rows = std::min(panel_, n - first);
             load_rows<Element>(block_.x, first, rows, x_panel_.get());
             std::fill(partial.begin(), partial.end(), ShiftedSum<T>{});
-            std::fill(positive + first, positive + first + rows, T(0));
+            std::fill(out.positive + first, out.positive + first + rows, 0.0);
             parallel_for(threads_, tiles_, [&](int worker, index_t tile) {
                 for_groups(worker, tile, first, rows, [&](const Group<T>& group, index_t row) {
                     group.for_positives([&](index_t i, T& logit) {
-                        positive[first + row + i] = T(double(logit) * kLn2);
+                        out.positive[first + row + i] = double(logit) * kLn2;
                         logit = -std::numeric_limits<T>::infinity();
                     });
                     add_sums(group, &partial[tile * panel_ + row], &columns[tile * kTile]);
@@ -167,11 +168,11 @@ class Kernel {
                 for (index_t i = task * kGroup; i < std::min(rows, (task + 1) * kGroup); ++i) {
                     ShiftedSum<T> row;
                     for (index_t tile = 0; tile < tiles_; ++tile) row.add(partial[tile * panel_ + i]);
-                    static_cast<T*>(out.row_lse)[first + i] = row.log();
+                    out.row_lse[first + i] = row.log();
                 }
             });
         }
-        for (index_t j = 0; j < m; ++j) static_cast<T*>(out.col_lse)[j] = columns[j].log();
+        for (index_t j = 0; j < m; ++j) out.col_lse[j] = columns[j].log();
     }
 
     // Returns dscale.
@@ -284,8 +285,6 @@ class Kernel {
         return std::isnan(logit) || logit == infinity ? logit : T(logit != -infinity);
     }
 
-    static T log2_units(T natural) { return T(double(natural) * kLog2e); }
-
     // Replaces the group's logits, the first of which is at (first, column), by G.
     static void form_gradient(const Group<T>& group, const Weights& in, index_t first, index_t column) {
         const T* row_lse = static_cast<const T*>(in.row_lse) + first;
@@ -297,18 +296,17 @@ class Kernel {
         T factor[kTile];
         if (spread.narrow())
             for (index_t j = 0; j < group.cols; ++j)
-                factor[j] = col_weight[j] * std::exp2(spread.high - log2_units(col_lse[j]));
+                factor[j] = col_weight[j] * std::exp2(spread.high - col_lse[j]);
         for (index_t i = 0; i < group.rows; ++i) {
             T* s = group.row(i);
-            const T row_lse2 = log2_units(row_lse[i]);
             if (spread.narrow()) {
-                const T row_factor = row_weight[i] * std::exp2(spread.high - row_lse2);
+                const T row_factor = row_weight[i] * std::exp2(spread.high - row_lse[i]);
                 for (index_t j = 0; j < group.cols; ++j)
                     s[j] = std::exp2(s[j] - spread.high) * (row_factor + factor[j]);
             } else {
                 for (index_t j = 0; j < group.cols; ++j)
-                    s[j] = row_weight[i] * std::exp2(s[j] - row_lse2) +
-                           col_weight[j] * std::exp2(s[j] - log2_units(col_lse[j]));
+                    s[j] = row_weight[i] * std::exp2(s[j] - row_lse[i]) +
+                           col_weight[j] * std::exp2(s[j] - col_lse[j]);
             }
         }
         group.for_positives([&](index_t i, T& logit) { logit = positive_weight[i]; });

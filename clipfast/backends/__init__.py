@@ -21,6 +21,6 @@ on a block of logits L = scale * x y^T + bias, in which the positive of row i is
 Leaving the positive out of the logsumexps is what keeps a well-trained model's loss and gradient precise: there
 P_ii is 1 - 1e-9, and P_ii - 1 taken from a rounded logsumexp would be noise. Here it never is a difference.
 
-x and y have one dtype; statistics, weights, scale and bias have its accumulation dtype; dx and dy have the dtype of
-x and y. Blocks merge: logaddexp over their logsumexps, sum over their positives. Scale and bias are 0-D.
+x and y have one dtype, which dx and dy have too; scale, bias and dscale are 0-D in its accumulation dtype; statistics
+and weights have `statistics_dtype`. Blocks merge: logaddexp over their logsumexps, sum over their positives.
 """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipfast.problem import Problem
+from clipfast.problem import Problem, round_statistics
 
 try:
     from clipfast import _cpu
@@ -21,6 +22,8 @@ except ImportError as error:
     )
 
 NAME = "cpu"
+
+LOG2_E = math.log2(math.e)
 
 
 def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
@@ -45,7 +48,7 @@ def forward(
     bias: Tensor,  # []
     diag_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, col_lse, positive = scale.new_empty(len(x)), scale.new_empty(len(y)), scale.new_empty(len(x))
+    row_lse, col_lse, positive = (torch.empty(k, dtype=torch.float64) for k in (len(x), len(y), len(x)))
     _cpu.forward(
         _block(x, y, scale, bias, diag_offset),
         row_lse.data_ptr(),
@@ -68,7 +71,11 @@ def backward(
     positive_weight: Tensor,  # [n]
     diag_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = [v.contiguous() for v in (row_lse, col_lse, row_weight, col_weight, positive_weight)]
+    vectors = (
+        *round_statistics(row_lse, row_weight, scale.dtype, log_unit=LOG2_E),
+        *round_statistics(col_lse, col_weight, scale.dtype, log_unit=LOG2_E),
+        positive_weight.to(scale.dtype).contiguous(),
+    )
     dx, dy = x.new_empty(x.shape), y.new_empty(y.shape)
     dscale = _cpu.backward(
         _block(x, y, scale, bias, diag_offset),

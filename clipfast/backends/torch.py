@@ -7,7 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from clipfast.problem import HALF_DTYPES, Problem, accumulation_dtype, positive_rows
+from clipfast.problem import (
+    HALF_DTYPES,
+    Problem,
+    accumulation_dtype,
+    positive_rows,
+    round_statistics,
+    statistics_dtype,
+)
 
 NAME = "torch"
 
@@ -34,24 +41,25 @@ def forward(
     diag_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, m = len(x), len(y)
-    row_lse = scale.new_empty(n)
-    positive = scale.new_zeros(n)
-    # The columns' running sum of exp(L - shift). The shift stays finite, so no inf - inf arises that the dense
-    # formula does not have.
-    largest = torch.finfo(scale.dtype).max
-    col_shift = scale.new_full((m,), -largest)
+    statistics = statistics_dtype(x.device)
+    row_lse = scale.new_empty(n, dtype=statistics)
+    positive = scale.new_zeros(n, dtype=statistics)
+    # The columns' running sum of exp(L - shift).
+    col_shift = scale.new_full((m,), torch.finfo(scale.dtype).min)
     col_sum = scale.new_zeros(m)
     y = y.to(_operand_dtype(x))
     for rows in _chunks(n, m, scale.dtype.itemsize):
         logits = _product(x[rows].to(y.dtype), y.T).mul_(scale).add_(bias)
         own, diagonal = _positives(logits, diag_offset + rows.start)
-        positive[rows][own] = diagonal
+        positive[rows][own] = diagonal.to(statistics)
         diagonal.fill_(-torch.inf)
-        row_lse[rows] = logits.logsumexp(dim=1)
-        shift = torch.maximum(col_shift, logits.amax(dim=0)).clamp_(-largest, largest)
-        col_sum = col_sum.mul_(col_shift.sub_(shift).exp_()).add_(logits.sub_(shift).exp_().sum(dim=0))
+        row_shift = _finite(logits.amax(dim=1))
+        row_sum = torch.sub(logits, row_shift[:, None]).exp_().sum(dim=1)
+        row_lse[rows] = row_shift.to(statistics) + row_sum.to(statistics).log()
+        shift = torch.maximum(col_shift, _finite(logits.amax(dim=0)))
+        col_sum = col_sum * (col_shift - shift).exp_() + logits.sub_(shift).exp_().sum(dim=0)
         col_shift = shift
-    return row_lse, col_sum.log_().add_(col_shift), positive
+    return row_lse, col_shift.to(statistics) + col_sum.to(statistics).log(), positive
 
 
 def backward(
@@ -67,6 +75,9 @@ def backward(
     diag_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, m = len(x), len(y)
+    row_lse, row_weight = round_statistics(row_lse, row_weight, scale.dtype)
+    col_lse, col_weight = round_statistics(col_lse, col_weight, scale.dtype)
+    positive_weight = positive_weight.to(scale.dtype)
     # G is kept near 1 by taking its largest weight out: in half precision P/n would underflow (design: float16).
     unit = torch.stack([w.abs().amax() for w in (row_weight, col_weight, positive_weight)]).amax()
     unit = torch.where(unit == 0, 1, unit)
@@ -108,6 +119,12 @@ def _accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += _product(a, b)
     else:
         total.addmm_(a, b)
+
+
+def _finite(shift: Tensor) -> Tensor:
+    """A shift that makes no inf - inf of its own: the infinity stays in the sum that is shifted."""
+    largest = torch.finfo(shift.dtype).max
+    return shift.clamp(-largest, largest)
 
 
 def _positives(block: Tensor, diag_offset: int) -> tuple[slice, Tensor]:

@@ -1,0 +1,121 @@
+"""The three-way judgement: float64 truth, the same-dtype PyTorch formula, and clipfast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import clipfast
+from clipfast import reference
+from clipfast.problem import accumulation_dtype
+
+SCALES = (0.0, 1.0, 14.3, 100.0, 112.0)
+
+
+@dataclass
+class Result:
+    loss: Tensor
+    dx: Tensor
+    dy: Tensor
+    dscale: Tensor
+    dbias: Tensor
+
+
+def evaluate(
+    loss_fn: Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    scale: float,
+    bias: float = 0.0,
+    upstream: float = 1.0,
+    scalar_dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Result:
+    """The loss and the gradients of all four inputs, times `upstream`."""
+    x, y = (t.detach().requires_grad_() for t in (x, y))
+    s, b = (torch.tensor(v, dtype=scalar_dtype, requires_grad=True) for v in (scale, bias))
+    loss = loss_fn(x, y, s, b, **options)
+    return Result(loss.detach(), *torch.autograd.grad(loss * upstream, (x, y, s, b)))
+
+
+def truth(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> Result:
+    # The scale that the others get is a float32.
+    scale = torch.tensor(scale, dtype=accumulation_dtype(torch.promote_types(x.dtype, y.dtype))).item()
+    return evaluate(
+        reference.contrastive_loss, x.double(), y.double(), scale, bias, scalar_dtype=torch.float64, **options
+    )
+
+
+def same_dtype(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> Result:
+    """The dense formula as eager PyTorch computes it in the inputs' own dtype."""
+    promoted = torch.promote_types(x.dtype, y.dtype)
+    return evaluate(
+        lambda x, y, s, b, **o: reference.contrastive_loss(x.to(promoted), y.to(promoted), s, b, **o),
+        x,
+        y,
+        scale,
+        bias,
+        scalar_dtype=accumulation_dtype(promoted),
+        **options,
+    )
+
+
+def ours(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> Result:
+    scalar_dtype = accumulation_dtype(torch.promote_types(x.dtype, y.dtype))
+    return evaluate(clipfast.contrastive_loss, x, y, scale, bias, scalar_dtype=scalar_dtype, **options)
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    return (value.double() - exact.double()).abs().max().item()
+
+
+def assert_three_way(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> None:
+    """err(clipfast) <= 2 err(PyTorch, same dtype) + eps, for loss, dx, dy, dscale and dbias.
+
+    eps is two roundings of the result in its own dtype, and one each of logit, exponential and weight in the accumulation
+    dtype: they change the loss by eps |L|, and every P by eps (|L| + 2) relative to itself, so a gradient by that times
+    sum |G|, which is 2 in all and 2/n in a row or column, times a feature and the scale (dx, dy), a cosine (dscale) or
+    1 (dbias). PyTorch's own error can happen to lie below that where all logits are alike.
+    """
+    backend = options.pop("backend", "auto")
+    exact = truth(x, y, scale, bias, **options)
+    dense = same_dtype(x, y, scale, bias, **options)
+    got = ours(x, y, scale, bias, backend=backend, **options)
+    accumulator = accumulation_dtype(torch.promote_types(x.dtype, y.dtype))
+    length = max(1.0, x.double().norm(dim=1).max().item(), y.double().norm(dim=1).max().item())
+    largest_logit = scale * length**2 + abs(bias)
+    feature = 2 / len(x) * scale * length
+    terms = {"loss": 1.0, "dx": feature, "dy": feature, "dscale": 2 * length**2, "dbias": 2.0}
+    for name, term in terms.items():
+        value, exact_value = getattr(got, name), getattr(exact, name)
+        rounding = 2 * torch.finfo(value.dtype).eps * exact_value.abs().max().item()
+        if value.dtype == torch.float16:
+            rounding += 2**-24  # its smallest subnormal number
+        rounding += torch.finfo(accumulator).eps * (largest_logit + 2) * term
+        bound = 2 * error(getattr(dense, name), exact_value) + rounding
+        assert error(value, exact_value) <= bound, f"{name}: {error(value, exact_value):.3g} > {bound:.3g}"
+
+
+def features(kind: str, n: int, m: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Pairs of features: how x and y relate is what a test varies."""
+    generator = torch.Generator().manual_seed(1000 * n + 10 * m + d)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    y = torch.randn(m, d, generator=generator, dtype=torch.float64)
+    if kind == "unnormalized":
+        return (3 * x / d**0.5).to(dtype), (2 * y / d**0.5 + 0.5 / d**0.5).to(dtype)
+    if kind == "trained":
+        y[:n] = x + 0.5 * y[:n]
+    elif kind == "matched":
+        y[:n] = x
+    elif kind == "opposed":
+        y[:n] = -x
+    elif kind == "collapsed":
+        x[:], y[:] = x[0].clone(), x[0].clone()
+    elif kind != "random":
+        raise ValueError(kind)
+    return normalize(x, dim=1).to(dtype), normalize(y, dim=1).to(dtype)

@@ -1,0 +1,101 @@
+"""Every backend against float64 truth and the same-dtype formula (traps 4, 6, 7, 8; design.md section 5)."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from oracle import SCALES, assert_three_way, error, features, ours, same_dtype, truth
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("random", "trained", "matched", "opposed", "collapsed", "unnormalized")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [2, 16, 64, 1024])
+def test_scales_and_cosines(backend: str, n: int, kind: str, scale: float) -> None:
+    assert_three_way(*features(kind, n, n, 64), scale, backend=backend)
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0, 112.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "trained", "unnormalized"])
+def test_dtypes(backend: str, kind: str, dtype: torch.dtype, scale: float) -> None:
+    assert_three_way(*features(kind, 193, 193, 512, dtype), scale, backend=backend)
+
+
+@pytest.mark.parametrize("d", [1, 7, 100, 384, 512, 640, 768, 1024, 1152, 1280])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 2), (2, 2), (2, 131), (13, 13), (127, 257), (257, 257)])
+def test_shapes(backend: str, n: int, m: int, d: int) -> None:
+    assert_three_way(*features("trained", n, m, d), 14.3, bias=-0.5, backend=backend)
+
+
+@pytest.mark.parametrize("first", DTYPES, ids=str)
+@pytest.mark.parametrize("second", DTYPES, ids=str)
+def test_mixed_dtypes(backend: str, first: torch.dtype, second: torch.dtype) -> None:
+    x, y = features("trained", 37, 41, 24)
+    assert_three_way(x.to(first), y.to(second), 14.3, backend=backend)
+    got = ours(x.to(first), y.to(second), 14.3, backend=backend)
+    assert (got.dx.dtype, got.dy.dtype) == (first, second)
+    assert got.loss.dtype == (torch.float64 if torch.float64 in (first, second) else torch.float32)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [61, 73])
+def test_label_smoothing(backend: str, m: int, dtype: torch.dtype, smoothing: float) -> None:
+    assert_three_way(
+        *features("trained", 61, m, 40, dtype), 14.3, bias=0.25, label_smoothing=smoothing, backend=backend
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_open_clip_formula(backend: str, scale: float, dtype: torch.dtype) -> None:
+    """The batch of an open_clip user, whose formula makes two products (open_clip 3.3.0, ClipLoss.get_logits)."""
+    x, y = features("trained", 512, 512, 512, dtype)
+    assert_three_way(x, y, scale, backend=backend)
+
+
+def test_well_trained_rows_keep_their_gradient(backend: str) -> None:
+    """1 - P_ii is 1e-7, at the resolution of float32: the eager formula loses it, clipfast keeps four digits."""
+    x, y = features("matched", 64, 64, 512)
+    exact, got, dense = truth(x, y, 20.0), ours(x, y, 20.0, backend=backend), same_dtype(x, y, 20.0)
+    assert 1e-9 < exact.loss < 1e-6
+    for name in ("loss", "dx", "dy", "dscale"):
+        magnitude = getattr(exact, name).abs().max().item()
+        assert error(getattr(got, name), getattr(exact, name)) <= 1e-4 * magnitude, name
+        assert error(getattr(dense, name), getattr(exact, name)) > 1e-2 * magnitude, name
+
+
+def test_float16_gradient_survives_a_large_batch(backend: str) -> None:
+    """A uniform softmax over m = 65536 is 1.5e-5, and over n again it would be 0 in float16."""
+    assert_three_way(*features("random", 512, 65536, 16, torch.float16), 1.0, backend=backend)
+
+
+@pytest.mark.parametrize("upstream", [65536.0, -0.5, 0.0])
+def test_upstream_gradient(backend: str, upstream: float) -> None:
+    x, y = features("trained", 50, 50, 16)
+    exact, got = truth(x, y, 14.3, upstream=upstream), ours(x, y, 14.3, upstream=upstream, backend=backend)
+    for name in ("dx", "dy", "dscale"):
+        assert error(getattr(got, name), getattr(exact, name)) <= 1e-5 * abs(upstream), name
+
+
+@hypothesis.settings(
+    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+    n=st.integers(1, 150),
+    extra=st.integers(0, 150),
+    d=st.integers(1, 80),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.floats(0.0, 112.0, width=32),
+    smoothing=st.sampled_from([0.0, 0.1]),
+)
+def test_any_shape(
+    backend: str, n: int, extra: int, d: int, kind: str, dtype: torch.dtype, scale: float, smoothing: float
+) -> None:
+    assert_three_way(*features(kind, n, n + extra, d, dtype), scale, label_smoothing=smoothing, backend=backend)
