@@ -92,16 +92,20 @@ def symmetric_cross_entropy(
     col_lse: Tensor,  # [m], over each column's negatives
     positive: Tensor,  # [n]
 ) -> Tensor:  # 0-D
-    """Mean cross-entropy of both directions from the block statistics.
-
-    With the logsumexp z over the negatives alone, -log softmax of the positive p is log(1 + exp(z - p)), which keeps its
-    relative precision, and that of its gradient sigmoid(z - p), however small it gets.
-    """
-    # An infinite positive makes the dense formula NaN (inf - inf); 0 * positive brings that NaN back.
-    positive = positive + 0 * positive
-    image_to_text = -logsigmoid(positive - row_lse)
-    text_to_image = -logsigmoid(positive - col_lse[: positive.shape[0]])
+    """Mean cross-entropy of both directions from the block statistics."""
+    image_to_text = _cross_entropy(positive, row_lse)
+    text_to_image = _cross_entropy(positive, col_lse[: positive.shape[0]])
     return (image_to_text.mean() + text_to_image.mean()) / 2
+
+
+def _cross_entropy(positive: Tensor, negatives_lse: Tensor) -> Tensor:  # [n], [n] -> [n]
+    """-log softmax of the positive p with the logsumexp z of its negatives: log(1 + exp(z - p)).
+
+    In this form the loss, and its gradient sigmoid(z - p), keep their relative precision however small they get.
+    """
+    # A logit of +inf makes the dense formula NaN (inf - inf); 0 * inf brings that NaN back.
+    infinite = 0 * (positive.clamp(min=0) + negatives_lse.clamp(min=0))
+    return -logsigmoid(positive - negatives_lse + infinite)
 
 
 def l2_normalize(features: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def backward(
     col_lse, col_weight = round_statistics(col_lse, col_weight, scale.dtype)
     positive_weight = positive_weight.to(scale.dtype)
     # G is kept near 1 by taking its largest weight out: in half precision P/n would underflow (design: float16).
-    unit = torch.stack([w.abs().amax() for w in (row_weight, col_weight, positive_weight)]).amax()
+    weights = torch.cat([row_weight, col_weight, positive_weight]).abs()
+    unit = torch.where(weights.isfinite(), weights, 0).amax()
     unit = torch.where(unit == 0, 1, unit)
     row_weight, col_weight, positive_weight = (w / unit for w in (row_weight, col_weight, positive_weight))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,314 @@
+"""What holds whatever the numbers: NaN, strides, autograd's rules, memory, determinism (traps 3, 5, 7-11, 14, 20)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from oracle import error, evaluate, features, ours, truth
+from torch import Tensor
+
+import clipfast
+from clipfast import reference
+from clipfast.problem import Problem
+
+NAMES = ("loss", "dx", "dy", "dscale", "dbias")
+
+
+def bitwise(a: object, b: object) -> bool:
+    return all(
+        torch.equal(getattr(a, name).nan_to_num(), getattr(b, name).nan_to_num())
+        and torch.equal(getattr(a, name).isnan(), getattr(b, name).isnan())
+        for name in NAMES
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["x", "y", "extra"])
+@pytest.mark.parametrize("n", [2, 70])
+def test_not_finite_input_comes_out_as_in_the_dense_formula(backend: str, n: int, place: str, value: float) -> None:
+    x, y = features("random", n, n + 3, 8)
+    {"x": x[1], "y": y[1], "extra": y[n + 1]}[place][3] = value
+    dense, got = (
+        evaluate(reference.contrastive_loss, x, y, 14.3),
+        ours(x, y, 14.3, backend=backend),
+    )
+    for name in ("loss", "dx", "dy", "dscale"):
+        expected, actual = getattr(dense, name), getattr(got, name)
+        assert torch.equal(actual.isnan(), expected.isnan()), name
+        assert torch.equal(actual.isinf(), expected.isinf()), name
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e30])
+def test_extreme_scale_comes_out_as_in_the_dense_formula(backend: str, scale: float) -> None:
+    x, y = features("random", 40, 40, 8)
+    dense, got = evaluate(reference.contrastive_loss, x, y, scale), ours(x, y, scale, backend=backend)
+    assert torch.equal(got.loss.isfinite(), dense.loss.isfinite())
+    assert torch.equal(got.dx.isfinite(), dense.dx.isfinite())
+
+
+def test_one_pair_has_no_loss_and_no_gradient(backend: str) -> None:
+    x, y = features("random", 1, 1, 16)
+    got = ours(x, y, 100.0, bias=-10.0, backend=backend)
+    for name in NAMES:
+        assert not getattr(got, name).any(), name
+
+
+def strided(tensor: Tensor) -> Iterator[Tensor]:
+    """The same values under other strides; whatever lies between them is NaN."""
+    n, d = tensor.shape
+    yield tensor.T.contiguous().T
+    padded = tensor.new_full((2 * n + 1, d + 5), float("nan"))
+    padded[1::2, 2:-3] = tensor
+    yield padded[1::2, 2:-3]
+    sparse = tensor.new_full((n, 3 * d), float("nan"))
+    sparse[:, ::3] = tensor
+    yield sparse[:, ::3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_any_strides_and_nan_padding(backend: str, dtype: torch.dtype) -> None:
+    x, y = features("trained", 67, 71, 19, dtype)
+    exact = truth(x, y, 14.3)
+    plain = ours(x, y, 14.3, backend=backend)
+    for x_strided, y_strided in zip(strided(x), strided(y), strict=True):
+        got = ours(x_strided, y_strided, 14.3, backend=backend)
+        for name in NAMES:
+            bound = error(getattr(plain, name), getattr(exact, name)) + 1e-6 * getattr(exact, name).abs().max()
+            assert error(getattr(got, name), getattr(exact, name)) <= 2 * bound + 1e-9, name
+
+
+def test_expanded_inputs(backend: str) -> None:
+    x, y = (t[:1].expand(30, -1) for t in features("random", 30, 30, 12))
+    exact, got = truth(x, y, 14.3), ours(x, y, 14.3, backend=backend)
+    for name in NAMES:
+        assert error(getattr(got, name), getattr(exact, name)) <= 1e-5, name
+
+
+def test_fresh_memory_is_not_read(backend: str) -> None:
+    """The C library fills fresh memory with huge numbers here, and PyTorch with NaN; no bit of the result may change."""
+    program = f"""
+import sys
+import torch
+from oracle import features, ours
+if sys.argv[1] == "fill":
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+for dtype in (torch.float32, torch.bfloat16):
+    got = ours(*features("trained", 131, 140, 37, dtype), 14.3, backend={backend!r})
+    for value in (got.loss, got.dx, got.dy, got.dscale):
+        print(value.double().tolist())
+"""
+    tests = os.path.dirname(__file__)
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program, mode],
+            env=os.environ | {"PYTHONPATH": tests, "MALLOC_PERTURB_": perturb},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for mode, perturb in (("fill", "128"), ("plain", "0"))
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_scaled_and_expanded_upstream_gradient(backend: str) -> None:
+    x, y = (t.requires_grad_() for t in features("trained", 20, 20, 6))
+    loss = clipfast.contrastive_loss(x, y, 14.3, backend=backend)
+    (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (expanded,) = torch.autograd.grad(loss.expand(4, 8)[:, ::2], x, torch.full((4, 4), 0.25), retain_graph=True)
+    torch.testing.assert_close(expanded, 4 * once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_does_not_touch_the_logits(backend: str, dtype: torch.dtype) -> None:
+    x, y = (t.requires_grad_() for t in features("trained", 100, 100, 64, dtype))
+    scale = torch.tensor(100.0, requires_grad=True)
+
+    def run() -> tuple[Tensor, ...]:
+        loss = clipfast.contrastive_loss(x, y, scale, label_smoothing=0.1, backend=backend)
+        return loss, *torch.autograd.grad(loss, (x, y, scale))
+
+    outside = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run()
+    for a, b in zip(outside, inside, strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_autocast_encoder_trains(backend: str) -> None:
+    """Encoders under autocast give bfloat16 features; their parameters stay float32 and get float32 gradients."""
+    tower = torch.nn.Linear(32, 16)
+    images, texts = features("trained", 24, 24, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = clipfast.contrastive_loss(tower(images), tower(texts), 14.3, normalize=True, backend=backend)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert tower.weight.grad is not None
+    assert tower.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_normalize(backend: str, dtype: torch.dtype) -> None:
+    x, y = features("unnormalized", 33, 40, 21, dtype)
+
+    def normalized(x: Tensor, y: Tensor, s: Tensor, b: Tensor) -> Tensor:
+        return reference.contrastive_loss(reference.l2_normalize(x), reference.l2_normalize(y), s, b)
+
+    exact = evaluate(normalized, x.double(), y.double(), 14.3, scalar_dtype=torch.float64)
+    got = ours(x, y, 14.3, normalize=True, backend=backend)
+    for name in ("loss", "dx", "dy", "dscale"):
+        bound = 8 * torch.finfo(dtype).eps * max(1.0, getattr(exact, name).abs().max().item())
+        assert error(getattr(got, name), getattr(exact, name)) <= bound, name
+
+
+def test_normalize_keeps_a_zero_row_zero(backend: str) -> None:
+    x, y = features("unnormalized", 8, 8, 5)
+    x[2] = 0
+    got = ours(x, y, 14.3, normalize=True, backend=backend)
+    assert all(getattr(got, name).isfinite().all() for name in NAMES)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_in_place_edit_before_backward_raises(backend: str, which: int) -> None:
+    leaves = [t.requires_grad_() for t in features("random", 9, 9, 4)]
+    inputs = [leaf * 1 for leaf in leaves]
+    loss = clipfast.contrastive_loss(*inputs, 14.3, backend=backend)
+    inputs[which].data_ptr()
+    inputs[which].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_retain_graph_gives_the_same_twice(backend: str) -> None:
+    x, y = (t.requires_grad_() for t in features("random", 90, 90, 33))
+    loss = clipfast.contrastive_loss(x, y, 14.3, backend=backend)
+    first = torch.autograd.grad(loss, (x, y), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, y))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_double_backward_says_that_it_is_not_supported(backend: str) -> None:
+    x, y = (t.requires_grad_() for t in features("random", 5, 5, 4))
+    loss = clipfast.contrastive_loss(x, y, 14.3, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="clipfast does not support double backward"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_one_frozen_tower(backend: str, frozen: int) -> None:
+    tensors = features("trained", 31, 31, 10)
+    exact = truth(*tensors, 14.3)
+    live = tensors[1 - frozen].requires_grad_()
+    clipfast.contrastive_loss(*tensors, 14.3, backend=backend).backward()
+    assert tensors[frozen].grad is None
+    assert live.grad is not None
+    assert error(live.grad, (exact.dy, exact.dx)[frozen]) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(backend: str, mode: type) -> None:
+    x, y = features("trained", 31, 31, 10)
+    with mode():
+        loss = clipfast.contrastive_loss(x.requires_grad_(), y, 14.3, backend=backend)
+    assert not loss.requires_grad
+    assert error(loss, truth(x.detach(), y, 14.3).loss) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        14.3,
+        14,
+        torch.tensor(14.3),
+        torch.tensor([14.3], requires_grad=True),
+        torch.tensor(14.3, dtype=torch.float64, requires_grad=True),
+        torch.tensor(14.3, dtype=torch.bfloat16, requires_grad=True),
+    ],
+    ids=["float", "int", "0-D", "[1]", "float64", "bfloat16"],
+)
+def test_forms_of_logit_scale(backend: str, scale: Tensor | float) -> None:
+    x, y = features("trained", 31, 31, 10)
+    if isinstance(scale, Tensor):
+        scale = scale.detach().clone().requires_grad_(scale.requires_grad)
+    loss = clipfast.contrastive_loss(x.requires_grad_(), y, scale, scale, backend=backend)
+    value = scale.item() if isinstance(scale, Tensor) else scale
+    exact = truth(x.detach(), y, value)
+    assert loss.shape == ()
+    assert error(loss, exact.loss) <= 1e-6
+    loss.backward()
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        assert scale.grad is not None
+        assert (scale.grad.shape, scale.grad.dtype) == (scale.shape, scale.dtype)
+        assert error(scale.grad, exact.dscale) <= 1e-6 + torch.finfo(scale.dtype).eps * exact.dscale.abs()
+
+
+def test_scale_is_not_clamped(backend: str) -> None:
+    x, y = features("random", 31, 31, 10)
+    assert error(ours(x, y, 200.0, backend=backend).loss, truth(x, y, 200.0).loss) <= 1e-4
+    assert error(ours(x, y, -3.0, backend=backend).dx, truth(x, y, -3.0).dx) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_are_bitwise_equal(backend: str, dtype: torch.dtype) -> None:
+    x, y = features("random", 300, 333, 65, dtype)
+    assert bitwise(ours(x, y, 14.3, backend=backend), ours(x, y, 14.3, backend=backend))
+
+
+def test_number_of_threads_changes_roundings_at_most(backend: str) -> None:
+    x, y = features("random", 300, 333, 65)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(ours(x, y, 14.3, backend=backend))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert backend != "cpu" or bitwise(results[0], other)
+        for name in NAMES:
+            scale = getattr(results[0], name).abs().max().item()
+            assert error(getattr(other, name), getattr(results[0], name)) <= 1e-5 * scale + 1e-9, name
+
+
+def saved_bytes(x: Tensor, y: Tensor, backend: str, **options: bool) -> int:
+    """Bytes of the distinct storages that autograd saves for the backward pass."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        clipfast.contrastive_loss(x, y, torch.tensor(14.3, requires_grad=True), backend=backend, **options)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_saved_bytes_are_linear_in_the_batch(backend: str, normalize: bool, dtype: torch.dtype) -> None:
+    counts = []
+    for n in (256, 512, 1024):
+        x, y = (t.requires_grad_() for t in features("random", n, n, 64, dtype))
+        counts.append(saved_bytes(x, y, backend, normalize=normalize))
+        assert counts[-1] < 3 * (x.nbytes + y.nbytes)
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+
+
+def test_saved_bytes_at_large_batches() -> None:
+    """d = 512, n to 32768: under 3x the inputs and linear; predicted by explain()."""
+    counts = {}
+    for n in (8192, 16384, 32768):
+        x, y = (torch.randn(n, 512, requires_grad=True) for _ in range(2))
+        counts[n] = saved_bytes(x, y, "auto")
+        assert counts[n] < 3 * (x.nbytes + y.nbytes)
+        # The loss's own vectors over the batch are a few doubles a row.
+        assert 0 <= counts[n] - Problem(n, n, 512, torch.float32, torch.device("cpu")).saved_bytes <= 64 * n
+    assert counts[32768] - counts[16384] == 2 * (counts[16384] - counts[8192])
