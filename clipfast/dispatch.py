@@ -24,7 +24,7 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> ModuleType:
     """The backend called `name`."""
     for backend in BACKENDS:
-        if backend.NAME == name:
+        if name == backend.NAME:
             return backend
     raise ValueError(f"backend: {name!r} is unknown; accepted are {', '.join(map(repr, ('auto', *names())))}")
 

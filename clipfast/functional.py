@@ -110,7 +110,7 @@ def _cross_entropy(positive: Tensor, negatives_lse: Tensor) -> Tensor:  # [n], [
 
 def l2_normalize(features: Tensor) -> Tensor:
     """Rows of length 1 in the features' dtype, with norms in the accumulation dtype; a zero row stays zero."""
-    norms = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=accumulation_dtype(features.dtype))
+    norms: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=accumulation_dtype(features.dtype))
     return (features / norms.clamp_min(1e-12)).to(features.dtype)
 
 
@@ -159,7 +159,7 @@ def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Ten
     return image_features.to(promoted), text_features.to(promoted)
 
 
-def _scalar(name: str, value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A 0-D tensor of the given dtype on the given device, differentiable where value is."""
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
@@ -172,15 +172,16 @@ def _scalar(name: str, value: Tensor | float, dtype: torch.dtype, device: torch.
     return torch.full((), float(value), dtype=dtype, device=device)
 
 
-def _fraction(name: str, value: float) -> float:
+def _fraction(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {_name(value)}; accepted is a number from 0 to 1")
-    if not 0 <= value <= 1:
+    fraction = float(value)
+    if not 0 <= fraction <= 1:
         raise ValueError(f"{name}: got {value}; accepted is a number from 0 to 1")
-    return float(value)
+    return fraction
 
 
-def _flag(name: str, value: bool) -> None:
+def _flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {_name(value)}; accepted is True or False")
 
@@ -192,7 +193,11 @@ def _refuse_ids(image_ids: Tensor | None, text_ids: Tensor | None) -> None:
 
 
 def _refuse_group(group: Any) -> None:
-    if group is not None and torch.distributed.get_world_size(group) > 1:
+    if group is None:
+        return
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group: got {_name(group)}; accepted is a torch.distributed.ProcessGroup or None")
+    if torch.distributed.get_world_size(group) > 1:
         raise NotImplementedError(
             "group: the loss over several processes is not available yet; pass None for each process's own batch"
         )

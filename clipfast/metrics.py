@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clipfast.functional import matched_features, l2_normalize
+from clipfast.functional import l2_normalize, matched_features
 
 CHUNK_BYTES = 16 << 20  # of similarities held at a time
 

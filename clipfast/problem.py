@@ -51,14 +51,12 @@ def positive_rows(n: int, m: int, diag_offset: int) -> tuple[int, int]:
     return first, max(first, min(n, m - diag_offset))
 
 
-def round_statistics(
-    lse: Tensor, weight: Tensor, dtype: torch.dtype, log_unit: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def round_statistics(lse: Tensor, weight: Tensor, dtype: torch.dtype, log_unit: float = 1.0) -> tuple[Tensor, Tensor]:
     """A logsumexp in `dtype`, times log_unit, and a weight that makes up for the rounding.
 
-    weight' exp(L - lse') = weight exp(L - lse) up to one rounding of weight'. With log_unit = log2(e) the logsumexp is in
-    log2 units. Where the weight is 0, lse' = inf makes every exponential 0, so that an infinite logit in a column that
-    the loss does not use does no harm.
+    weight' exp(L - lse') = weight exp(L - lse) up to one rounding of weight'. With log_unit = log2(e) the logsumexp is
+    in log2 units. Where the weight is 0, lse' = inf makes every exponential 0, so that an infinite logit in a column
+    that the loss does not use does no harm.
     """
     unused = weight == 0
     rounded = (lse * log_unit).to(dtype)

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 def l2_normalize(features: Tensor) -> Tensor:
     """Rows of length 1; a zero row stays zero (the same floor as torch.nn.functional.normalize)."""
-    return features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    norms: Tensor = features.norm(dim=1, keepdim=True)
+    return features / norms.clamp_min(1e-12)
 
 
 def embed(

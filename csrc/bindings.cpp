@@ -40,7 +40,10 @@ Block make_block(const std::string& dtype, index_t n, index_t m, index_t d, std:
 
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "clipfast's compiled CPU kernels";
-    py::class_<Block>(module, "Block").def(py::init(&make_block));
+    py::class_<Block>(module, "Block")
+        .def(py::init(&make_block), py::kw_only(), py::arg("dtype"), py::arg("n"), py::arg("m"), py::arg("d"),
+             py::arg("x"), py::arg("x_row_stride"), py::arg("x_col_stride"), py::arg("y"), py::arg("y_row_stride"),
+             py::arg("y_col_stride"), py::arg("scale"), py::arg("bias"), py::arg("diag_offset"));
     module.def("forward", [](const Block& block, std::uintptr_t row_lse, std::uintptr_t col_lse,
                              std::uintptr_t positive, int threads) {
         py::gil_scoped_release unlocked;
@@ -56,5 +59,7 @@ PYBIND11_MODULE(_cpu, module) {
                                    pointer(positive_weight)},
                                   {pointer(dx), pointer(dy)}, threads);
     });
-    module.def("workspace_bytes", &portable::workspace_bytes, "Peak bytes of a backward pass's buffers.");
+    module.def("workspace_bytes", [](const std::string& dtype, index_t n, index_t m, index_t d, int threads) {
+        return portable::workspace_bytes(make_block(dtype, n, m, d, 0, 0, 0, 0, 0, 0, 0, 0, 0), threads);
+    });
 }

@@ -78,12 +78,13 @@ def error(value: Tensor, exact: Tensor) -> float:
 def assert_three_way(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> None:
     """err(clipfast) <= 2 err(PyTorch, same dtype) + eps, for loss, dx, dy, dscale and dbias.
 
-    eps is two roundings of the result in its own dtype, and what unavoidable roundings in the accumulation dtype do. They
-    change every logit by eps |L|, hence every P by eps (|L| + 2) relative to itself (logit, exponential, weight), and sums
-    of m terms add about eps sqrt(m) (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis").
-    For a gradient that is relative to sum |G|, which is 2 in all and 2/n in a row or column, times a feature and the
-    scale (dx, dy), a cosine (dscale) or 1 (dbias). PyTorch's own error can happen to lie below that where all logits are
-    alike. In float64 there is no truer truth: two computations of one formula are compared, within 8 eps.
+    eps is two roundings of the result in its own dtype, and what unavoidable roundings in the accumulation dtype do.
+    They change every logit by eps |L|, hence every P by eps (|L| + 2) relative to itself (logit, exponential, weight),
+    and sums of m terms add about eps sqrt(m) (Higham and Mary 2019, "A new approach to probabilistic rounding error
+    analysis"). For a gradient that is relative to sum |G|, which is 2 in all and 2/n in a row or column, times a
+    feature and the scale (dx, dy), a cosine (dscale) or 1 (dbias). PyTorch's own error can happen to lie below that
+    where all logits are alike. In float64 there is no truer truth: two computations of one formula are compared, within
+    8 eps.
     """
     backend = options.pop("backend", "auto")
     exact = truth(x, y, scale, bias, **options)

@@ -90,7 +90,7 @@ def test_expanded_inputs(backend: str) -> None:
 
 
 def test_fresh_memory_is_not_read(backend: str) -> None:
-    """The C library fills fresh memory with huge numbers here, and PyTorch with NaN; no bit of the result may change."""
+    """The C library fills fresh memory with huge numbers here, and PyTorch with NaN; no bit of the result changes."""
     program = f"""
 import sys
 import torch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,9 @@ from clipfast.problem import Problem, round_statistics
 
 try:
     from clipfast import _cpu
+
+    _MISSING = ""
 except ImportError as error:
-    _cpu = None
     _MISSING = (
         f"the compiled extension clipfast._cpu is missing ({error}); clipfast was imported from "
         f"{Path(__file__).parents[1]}: reinstall it with a C++17 compiler on the machine (pip install . , or "
@@ -28,7 +28,7 @@ LOG2_E = math.log2(math.e)
 
 def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     reasons = []
-    if _cpu is None:
+    if _MISSING:
         reasons.append(_MISSING)
     if problem.device.type != "cpu":
         reasons.append(f"runs on CPU tensors only, the inputs are on {problem.device}")
@@ -36,9 +36,7 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
 
 
 def workspace_bytes(problem: Problem) -> int:
-    sizes = (problem.n, problem.m, problem.d)
-    block = _cpu.Block(_name(problem.dtype), *sizes, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
-    return int(_cpu.workspace_bytes(block, torch.get_num_threads()))
+    return _cpu.workspace_bytes(_name(problem.dtype), problem.n, problem.m, problem.d, torch.get_num_threads())
 
 
 def forward(
@@ -71,15 +69,17 @@ def backward(
     positive_weight: Tensor,  # [n]
     diag_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = (
-        *round_statistics(row_lse, row_weight, scale.dtype, log_unit=LOG2_E),
-        *round_statistics(col_lse, col_weight, scale.dtype, log_unit=LOG2_E),
-        positive_weight.to(scale.dtype).contiguous(),
-    )
+    row_lse, row_weight = round_statistics(row_lse, row_weight, scale.dtype, log_unit=LOG2_E)
+    col_lse, col_weight = round_statistics(col_lse, col_weight, scale.dtype, log_unit=LOG2_E)
+    positive_weight = positive_weight.to(scale.dtype).contiguous()
     dx, dy = x.new_empty(x.shape), y.new_empty(y.shape)
     dscale = _cpu.backward(
         _block(x, y, scale, bias, diag_offset),
-        *(v.data_ptr() for v in vectors),
+        row_lse.data_ptr(),
+        row_weight.data_ptr(),
+        col_lse.data_ptr(),
+        col_weight.data_ptr(),
+        positive_weight.data_ptr(),
         dx.data_ptr(),
         dy.data_ptr(),
         torch.get_num_threads(),
@@ -87,13 +87,23 @@ def backward(
     return dx, dy, scale.new_full((), dscale)
 
 
-def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int) -> Any:
+def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int) -> _cpu.Block:
+    x_row_stride, x_col_stride = x.stride()
+    y_row_stride, y_col_stride = y.stride()
     return _cpu.Block(
-        _name(x.dtype),
-        *(len(x), len(y), x.shape[1]),
-        *(x.data_ptr(), *x.stride()),
-        *(y.data_ptr(), *y.stride()),
-        *(float(scale), float(bias), diag_offset),
+        dtype=_name(x.dtype),
+        n=len(x),
+        m=len(y),
+        d=x.shape[1],
+        x=x.data_ptr(),
+        x_row_stride=x_row_stride,
+        x_col_stride=x_col_stride,
+        y=y.data_ptr(),
+        y_row_stride=y_row_stride,
+        y_col_stride=y_col_stride,
+        scale=scale.item(),
+        bias=bias.item(),
+        diag_offset=diag_offset,
     )
 
 

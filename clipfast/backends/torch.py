@@ -130,7 +130,8 @@ def _finite(shift: Tensor) -> Tensor:
 
 def _positives(block: Tensor, diag_offset: int) -> tuple[slice, Tensor]:
     """The rows of the block that hold their positive, and a view of those positives."""
-    first, last = positive_rows(*block.shape, diag_offset)
+    rows, cols = block.shape
+    first, last = positive_rows(rows, cols, diag_offset)
     return slice(first, last), block[first:last, first + diag_offset :].diagonal()
 
 

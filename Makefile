@@ -1,0 +1,27 @@
+# Targets make what they need in a virtual environment, .venv unless VENV says otherwise.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m clipfast.train --out runs/demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
+
+# torch comes first and alone: constraints.txt pins it, so that nothing pulls another build. The editable install lets
+# the source tree find its compiled extension.
+$(VENV)/%.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch numpy
+	$(PIP_INSTALL) --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

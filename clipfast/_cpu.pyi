@@ -1,0 +1,32 @@
+class Block:
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        n: int,
+        m: int,
+        d: int,
+        x: int,
+        x_row_stride: int,
+        x_col_stride: int,
+        y: int,
+        y_row_stride: int,
+        y_col_stride: int,
+        scale: float,
+        bias: float,
+        diag_offset: int,
+    ) -> None: ...
+
+def forward(block: Block, row_lse: int, col_lse: int, positive: int, threads: int) -> None: ...
+def backward(
+    block: Block,
+    row_lse: int,
+    row_weight: int,
+    col_lse: int,
+    col_weight: int,
+    positive_weight: int,
+    dx: int,
+    dy: int,
+    threads: int,
+) -> float: ...
+def workspace_bytes(dtype: str, n: int, m: int, d: int, threads: int) -> int: ...

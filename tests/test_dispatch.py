@@ -1,0 +1,88 @@
+"""Choosing a backend: reasons, explicit choices that never fall back, and what is missing (trap 19)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import clipfast
+from clipfast import dispatch
+from clipfast.problem import Problem
+
+X = torch.randn(4, 3)
+
+
+def run(program: str, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+def test_auto_takes_the_first_without_a_reason() -> None:
+    reasons = clipfast.backends()
+    assert tuple(reasons) == dispatch.names()
+    assert clipfast.explain(100, 8).chosen == next(name for name in reasons if not reasons[name])
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setenv("CLIPFAST_BACKEND", backend)
+    assert clipfast.explain(100, 8).chosen == backend
+    assert clipfast.explain(100, 8, backend="torch").chosen == "torch"
+    monkeypatch.setenv("CLIPFAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match="'fast' is unknown; accepted are 'auto'"):
+        clipfast.contrastive_loss(X, X, 1.0)
+
+
+def test_explicit_choice_never_falls_back() -> None:
+    problem = Problem(4, 4, 3, torch.float32, torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"'cpu' cannot run this problem.*runs on CPU tensors only.*cuda"):
+        dispatch.select(problem, "cpu")
+
+
+def test_explanation_tells_choice_memory_and_products(backend: str) -> None:
+    explanation = clipfast.explain(32768, 512, torch.bfloat16, m=40000, backend=backend)
+    assert (explanation.forward_products, explanation.backward_products) == (1, 3)
+    assert explanation.saved_bytes < 1.1 * explanation.gradient_bytes == 1.1 * (32768 + 40000) * 512 * 2
+    assert explanation.workspace_bytes < explanation.dense_logits_bytes / 10
+    text = str(explanation)
+    assert f"backend: {backend}" in text
+    assert "x [32768, 512], y [40000, 512], torch.bfloat16, on cpu" in text
+
+
+def test_without_the_compiled_extension() -> None:
+    """The library works, and tells what is missing and what to do."""
+    output = run(
+        "import sys; sys.modules['clipfast._cpu'] = None\n"
+        "import torch, clipfast\n"
+        "x = torch.randn(5, 3)\n"
+        "assert clipfast.contrastive_loss(x, x, 1.0).isfinite()\n"
+        "print(clipfast.backends()['cpu'][0])\n"
+        "try: clipfast.contrastive_loss(x, x, 1.0, backend='cpu')\n"
+        "except ValueError as error: print(error)"
+    )
+    for line in output.splitlines():
+        assert "the compiled extension clipfast._cpu is missing" in line
+        assert "reinstall it with a C++17 compiler" in line
+
+
+def test_without_triton() -> None:
+    run(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, clipfast\n"
+        "x = torch.randn(5, 3)\n"
+        "assert clipfast.contrastive_loss(x, x, 1.0).isfinite()"
+    )
+
+
+def test_import_loads_no_optional_package() -> None:
+    loaded = run("import torch, sys; before = set(sys.modules); import clipfast; print(*set(sys.modules) - before)")
+    for name in ("triton", "matplotlib", "tokenizers", "emoji", "tensorboard", "clipfast.train", "clipfast.data"):
+        assert name not in loaded.split()
