@@ -8,11 +8,11 @@ from types import ModuleType
 
 import torch
 
-from clipfast.backends import cpu, torch as torch_backend
+from clipfast.backends import cpu, torch as torch_backend, triton
 from clipfast.problem import Problem
 
 # `auto` takes the first that reports no reason against itself, so the order is the order of speed.
-BACKENDS: tuple[ModuleType, ...] = (torch_backend, cpu)
+BACKENDS: tuple[ModuleType, ...] = (triton, torch_backend, cpu)
 
 ENVIRONMENT_VARIABLE = "CLIPFAST_BACKEND"
 

@@ -1,0 +1,172 @@
+"""Backward: G per tile, either stored for the vendor's matrix product or multiplied on while it is in registers.
+
+Weights and logsumexps come as four vectors per side, packed as [4, n] and [4, m] in float32 (see vectors.py):
+
+    centre      c_i, a product: exp(L_ij - lse_i) is exp2((z_ij - c_i) scale2) up to a factor that `weight` holds
+    weight      of exp(L_ij - lse_i) in G_ij
+    positive    G_ip, at the row's or the column's positive
+    factor      f_i, by which the row of x or y counts; 1 without factors
+
+H_ij = f_i g_j G_ij is what is stored, so that both products need one matrix: dL/dx_i = scale (H y)_i.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from clipfast.kernels.tiles import (
+    INFINITY,
+    LARGEST,
+    LOG2_E,
+    MAX_SPREAD,
+    diagonal_distance,
+    finite,
+    is_plain,
+    is_positive,
+    multiply_add,
+    product,
+    tile_range,
+)
+
+CENTRE = tl.constexpr(0)
+WEIGHT = tl.constexpr(1)
+POSITIVE = tl.constexpr(2)
+FACTOR = tl.constexpr(3)
+
+
+@triton.jit
+def side(vectors, which: tl.constexpr, offs, length):  # [BLOCK]
+    """One of the four vectors at `offs`; 0 beyond its end."""
+    return tl.load(vectors + which * length.to(tl.int64) + offs, mask=offs < length, other=0.0)
+
+
+@triton.jit
+def tile_gradient(
+    z,  # [BLOCK_M, BLOCK_N], the raw product
+    rows,  # [4, n]
+    cols,  # [4, m]
+    row,
+    col,
+    n,
+    m,
+    diag_offset,
+    scale2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+):
+    """H on one tile, [BLOCK_M, BLOCK_N]; arbitrary beyond n and m."""
+    offs_m = row + tl.arange(0, BLOCK_M)
+    offs_n = col + tl.arange(0, BLOCK_N)
+    row_centre, row_weight = side(rows, CENTRE, offs_m, n), side(rows, WEIGHT, offs_m, n)
+    col_centre, col_weight = side(cols, CENTRE, offs_n, m), side(cols, WEIGHT, offs_n, m)
+    if HAS_FACTORS:
+        row_factor, col_factor = side(rows, FACTOR, offs_m, n), side(cols, FACTOR, offs_n, m)
+        z = z * row_factor[:, None] * col_factor[None, :]
+    distance = diagonal_distance(row, col, diag_offset)
+    plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
+    low, high = tile_range(z, row, col, distance, n, m, plain, BLOCK_M, BLOCK_N)
+    if (high - low) * tl.abs(scale2) < MAX_SPREAD:
+        shift = finite(tl.where(scale2 >= 0, high, low))
+        from_row = row_weight * tl.exp2((shift - row_centre) * scale2)
+        from_col = col_weight * tl.exp2((shift - col_centre) * scale2)
+        g = tl.exp2((z - shift) * scale2) * (from_row[:, None] + from_col[None, :])
+    else:
+        g = row_weight[:, None] * tl.exp2((z - row_centre[:, None]) * scale2)
+        g += col_weight[None, :] * tl.exp2((z - col_centre[None, :]) * scale2)
+    if not plain:
+        positive = side(rows, POSITIVE, offs_m, n)
+        g = tl.where(is_positive(distance, BLOCK_M, BLOCK_N), positive[:, None], g)
+    if HAS_FACTORS:
+        g = g * row_factor[:, None] * col_factor[None, :]
+    return g
+
+
+@triton.jit(do_not_specialize=["n", "m", "diag_offset", "row_begin", "col_begin"])
+def gradient_kernel(
+    x,  # [n, d]: a pointer, or a tensor descriptor with USE_TMA
+    y,  # [m, d]
+    scale_ptr,  # []
+    rows,  # [4, n]
+    cols,  # [4, m]
+    h_ptr,  # the block of H from (row_begin, col_begin) on
+    n,
+    m,
+    d,
+    diag_offset,
+    row_begin,
+    col_begin,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    stride_hm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of H, one tile a program. The block, and the rows of x and y that it needs, stay in L2 by its size."""
+    local_row = tl.program_id(0) * BLOCK_M
+    local_col = tl.program_id(1) * BLOCK_N
+    row, col = row_begin + local_row, col_begin + local_col
+    z = product(
+        x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
+        BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
+    )  # fmt: skip
+    scale2 = tl.load(scale_ptr) * LOG2_E
+    h = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale2, BLOCK_M, BLOCK_N, HAS_FACTORS)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    h_ptrs = h_ptr + (local_row + offs_m).to(tl.int64)[:, None] * stride_hm + (local_col + offs_n)[None, :]
+    inside = (row + offs_m < n)[:, None] & (col + offs_n < m)[None, :]
+    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "m", "diag_offset"])
+def accumulate_kernel(
+    x,  # [n, d]
+    y,  # [m, d]
+    scale_ptr,  # []
+    rows,  # [4, n]
+    cols,  # [4, m]
+    total_ptr,  # H y [n, d], float32
+    n,
+    m,
+    d,
+    diag_offset,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """H y for a block of rows and BLOCK_OUT of its d columns, accumulated in registers over all of y."""
+    row = tl.program_id(0) * BLOCK_M
+    offs_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    scale2 = tl.load(scale_ptr) * LOG2_E
+    total = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
+    for col in range(0, m, BLOCK_N):
+        z = product(
+            x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
+            BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, False, PRECISION,
+        )  # fmt: skip
+        h = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale2, BLOCK_M, BLOCK_N, HAS_FACTORS)
+        offs_n = col + tl.arange(0, BLOCK_N)
+        h = tl.where((offs_n < m)[None, :], h, 0.0)
+        y_ptrs = y + offs_n.to(tl.int64)[:, None] * stride_yn + offs_out.to(tl.int64)[None, :] * stride_yd
+        y_tile = tl.load(y_ptrs, mask=(offs_n < m)[:, None] & (offs_out < d)[None, :], other=0.0)
+        total = multiply_add(h.to(y_tile.dtype), y_tile, total, PRECISION)
+    offs_m = row + tl.arange(0, BLOCK_M)
+    total_ptrs = total_ptr + offs_m.to(tl.int64)[:, None] * d + offs_out[None, :]
+    tl.store(total_ptrs, total, mask=(offs_m < n)[:, None] & (offs_out < d)[None, :])
