@@ -56,7 +56,10 @@ def tile_gradient(
     BLOCK_N: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
 ):
-    """H on one tile, [BLOCK_M, BLOCK_N]; arbitrary beyond n and m."""
+    """H on one tile, [BLOCK_M, BLOCK_N], arbitrary beyond n and m; and sum_ij G_ij z_ij, the tile's part of dscale.
+
+    The sum is taken here, in float32, and not as <(H y)_i, x_i>, because H may be rounded to half precision.
+    """
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = col + tl.arange(0, BLOCK_N)
     row_centre, row_weight = side(rows, CENTRE, offs_m, n), side(rows, WEIGHT, offs_m, n)
@@ -78,9 +81,13 @@ def tile_gradient(
     if not plain:
         positive = side(rows, POSITIVE, offs_m, n)
         g = tl.where(is_positive(distance, BLOCK_M, BLOCK_N), positive[:, None], g)
+        inside = (offs_m < n)[:, None] & (offs_n < m)[None, :]
+        dscale = tl.sum(tl.where(inside, g * z, 0.0))
+    else:
+        dscale = tl.sum(g * z)
     if HAS_FACTORS:
         g = g * row_factor[:, None] * col_factor[None, :]
-    return g
+    return g, dscale
 
 
 @triton.jit(do_not_specialize=["n", "m", "diag_offset", "row_begin", "col_begin"])
@@ -91,6 +98,7 @@ def gradient_kernel(
     rows,  # [4, n]
     cols,  # [4, m]
     h_ptr,  # the block of H from (row_begin, col_begin) on
+    dscale_ptr,  # [programs of the first block], float64
     n,
     m,
     d,
@@ -110,7 +118,11 @@ def gradient_kernel(
     HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of H, one tile a program. The block, and the rows of x and y that it needs, stay in L2 by its size."""
+    """A block of H, one tile a program. The block, and the rows of x and y that it needs, stay in L2 by its size.
+
+    Blocks come one after the other, the first one at (0, 0) and none larger: each program adds its part of dscale to
+    that of the program of the same number before it.
+    """
     local_row = tl.program_id(0) * BLOCK_M
     local_col = tl.program_id(1) * BLOCK_N
     row, col = row_begin + local_row, col_begin + local_col
@@ -119,7 +131,10 @@ def gradient_kernel(
         BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
     )  # fmt: skip
     scale2 = tl.load(scale_ptr) * LOG2_E
-    h = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale2, BLOCK_M, BLOCK_N, HAS_FACTORS)
+    h, dscale = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale2, BLOCK_M, BLOCK_N, HAS_FACTORS)
+    dscale_ptr += tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    before = tl.load(dscale_ptr, mask=row_begin + col_begin > 0, other=0.0)
+    tl.store(dscale_ptr, before + dscale.to(tl.float64))
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     h_ptrs = h_ptr + (local_row + offs_m).to(tl.int64)[:, None] * stride_hm + (local_col + offs_n)[None, :]
@@ -135,6 +150,7 @@ def accumulate_kernel(
     rows,  # [4, n]
     cols,  # [4, m]
     total_ptr,  # H y [n, d], float32
+    dscale_ptr,  # [blocks of rows], float64, with HAS_DSCALE
     n,
     m,
     d,
@@ -149,6 +165,7 @@ def accumulate_kernel(
     BLOCK_OUT: tl.constexpr,
     EVEN_D: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
+    HAS_DSCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """H y for a block of rows and BLOCK_OUT of its d columns, accumulated in registers over all of y."""
@@ -156,12 +173,14 @@ def accumulate_kernel(
     offs_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     scale2 = tl.load(scale_ptr) * LOG2_E
     total = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
+    dscale = tl.zeros((), tl.float64)
     for col in range(0, m, BLOCK_N):
         z = product(
             x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
             BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, False, PRECISION,
         )  # fmt: skip
-        h = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale2, BLOCK_M, BLOCK_N, HAS_FACTORS)
+        h, part = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale2, BLOCK_M, BLOCK_N, HAS_FACTORS)
+        dscale += part.to(tl.float64)
         offs_n = col + tl.arange(0, BLOCK_N)
         h = tl.where((offs_n < m)[None, :], h, 0.0)
         y_ptrs = y + offs_n.to(tl.int64)[:, None] * stride_yn + offs_out.to(tl.int64)[None, :] * stride_yd
@@ -170,3 +189,5 @@ def accumulate_kernel(
     offs_m = row + tl.arange(0, BLOCK_M)
     total_ptrs = total_ptr + offs_m.to(tl.int64)[:, None] * d + offs_out[None, :]
     tl.store(total_ptrs, total, mask=(offs_m < n)[:, None] & (offs_out < d)[None, :])
+    if HAS_DSCALE:
+        tl.store(dscale_ptr + tl.program_id(0), dscale, mask=tl.program_id(1) == 0)

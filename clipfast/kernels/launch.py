@@ -111,10 +111,10 @@ def backward(
         )
         pass_ = Pass(x, y, scale, rows, cols, diag_offset, x_factor, y_factor, unit, Operands.of(x, y, precision))
         if strategy == "chunks":
-            dx, dy, row_dot = pass_.by_chunks(config, workspace)
+            dx, dy, dscale = pass_.by_chunks(config, workspace)
         else:
-            dx, dy, row_dot = pass_.in_registers(config)
-        return dx, dy, row_dot.sum().to(scale.dtype)
+            dx, dy, dscale = pass_.in_registers(config)
+        return dx, dy, (dscale if unit is None else dscale * unit).to(scale.dtype)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ class Pass:
         chunk_rows, chunk_cols = tuning.chunk_shape(n, m, x.dtype.itemsize, workspace)
         h_buffer = x.new_empty((chunk_rows, tuning.padded(chunk_cols)))
         dx, dy = self.x.new_empty((n, d)), self.y.new_empty((m, d))
-        row_dot = self.x.new_empty(n, dtype=torch.float64)
+        programs = _blocks(chunk_rows, config.block_m) * _blocks(chunk_cols, config.block_n)
+        dscale = self.x.new_empty(programs, dtype=torch.float64)
         # float32 gradients are their own totals.
         dy_total = dy if dy.dtype == torch.float32 else dy.new_empty((m, d), dtype=torch.float32)
         dx_total = dx if dx.dtype == torch.float32 else dx.new_empty((chunk_rows, d), dtype=torch.float32)
@@ -198,28 +199,28 @@ class Pass:
             rows_total = dx_total[rows] if dx_total is dx else dx_total[: rows.stop - rows.start]
             for cols in _chunks(m, chunk_cols):
                 h = h_buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-                self._gradient(config, h, rows.start, cols.start)
+                self._gradient(config, h, dscale, rows.start, cols.start)
                 _add_product(rows_total, h, y[cols], first=cols.start == 0)
                 _add_product(dy_total[cols], h.T, x[rows], first=rows.start == 0)
-            self._finish_rows(rows_total, dx, row_dot, rows.start)
+            self._finish_rows(rows_total, dx, rows.start)
         self._finish_cols(dy_total, dy)
-        return dx, dy, row_dot
+        return dx, dy, dscale.sum()
 
     def in_registers(self, config: Config | None) -> tuple[Tensor, Tensor, Tensor]:
         """Each tower's H y by one kernel; the totals pass through memory once, H never."""
         dx, dy = self.x.new_empty(self.x.shape), self.y.new_empty(self.y.shape)
-        row_dot = self.x.new_empty(len(self.x), dtype=torch.float64)
         config = config or self.operands.choose("accumulate")
-        total = self._accumulate(config, self.operands, self.rows, self.cols, self.diag_offset, dx)
-        self._finish_rows(total, dx, row_dot, 0)
-        total = self._accumulate(config, self.operands.swapped(), self.cols, self.rows, -self.diag_offset, dy)
+        dscale = self.x.new_empty(_blocks(len(self.x), config.block_m), dtype=torch.float64)
+        total = self._accumulate(config, self.operands, self.rows, self.cols, self.diag_offset, dx, dscale)
+        self._finish_rows(total, dx, 0)
+        total = self._accumulate(config, self.operands.swapped(), self.cols, self.rows, -self.diag_offset, dy, None)
         self._finish_cols(total, dy)
-        return dx, dy, row_dot
+        return dx, dy, dscale.sum()
 
-    def _gradient(self, config: Config, h: Tensor, row_begin: int, col_begin: int) -> None:
+    def _gradient(self, config: Config, h: Tensor, dscale: Tensor, row_begin: int, col_begin: int) -> None:
         gradient_kernel[(_blocks(h.shape[0], config.block_m), _blocks(h.shape[1], config.block_n))](
             *self.operands.tiles(config),
-            *(self.scale, self.rows, self.cols, h),
+            *(self.scale, self.rows, self.cols, h, dscale),
             *(len(self.x), len(self.y), self.x.shape[1], self.diag_offset, row_begin, col_begin),
             *self.operands.strides,
             h.stride(0),
@@ -229,32 +230,39 @@ class Pass:
         )
 
     def _accumulate(
-        self, config: Config, operands: Operands, rows: Tensor, cols: Tensor, diag_offset: int, out: Tensor
+        self,
+        config: Config,
+        operands: Operands,
+        rows: Tensor,  # [4, n]
+        cols: Tensor,  # [4, m]
+        diag_offset: int,
+        out: Tensor,  # [n, d], only for its dtype if that is not float32
+        dscale: Tensor | None,  # [blocks of rows]
     ) -> Tensor:  # [n, d], float32
         n, d = out.shape
         total = out if out.dtype == torch.float32 else out.new_empty((n, d), dtype=torch.float32)
         accumulate_kernel[(_blocks(n, config.block_m), _blocks(d, config.block_out))](
-            *(operands.x, operands.y, self.scale, rows, cols, total),
+            *(operands.x, operands.y, self.scale, rows, cols, total, dscale),
             *(n, cols.shape[1], d, diag_offset),
             *operands.strides,
             **operands.options(config),
             BLOCK_OUT=config.block_out,
             HAS_FACTORS=self.x_factor is not None,
+            HAS_DSCALE=dscale is not None,
         )
         return total
 
-    def _finish_rows(self, total: Tensor, dx: Tensor, row_dot: Tensor, row_begin: int) -> None:
-        _finish(total, self.x, dx, row_dot, self.x_factor, self.scale, self.unit, row_begin)
+    def _finish_rows(self, total: Tensor, dx: Tensor, row_begin: int) -> None:
+        _finish(total, self.x, dx, self.x_factor, self.scale, self.unit, row_begin)
 
     def _finish_cols(self, total: Tensor, dy: Tensor) -> None:
-        _finish(total, self.y, dy, None, self.y_factor, self.scale, self.unit, 0)
+        _finish(total, self.y, dy, self.y_factor, self.scale, self.unit, 0)
 
 
 def _finish(
     total: Tensor,  # [rows, d]
     x: Tensor,  # [n, d]
     dx: Tensor,  # [n, d]
-    row_dot: Tensor | None,  # [n]
     factor: Tensor | None,  # [n]
     scale: Tensor,  # []
     unit: Tensor | None,  # []
@@ -264,12 +272,11 @@ def _finish(
     block_d = min(1024, 1 << (d - 1).bit_length())
     block_m = FINISH_ELEMENTS // block_d if x.is_cuda else VECTOR_BLOCK
     finish_kernel[(_blocks(count, block_m),)](
-        *(total, x, dx, row_dot, factor, scale, unit, count, row_begin, d, *x.stride()),
+        *(total, x, dx, factor, scale, unit, count, row_begin, d, *x.stride()),
         BLOCK_M=block_m,
         BLOCK_D=block_d,
         HAS_FACTORS=factor is not None,
         HAS_UNIT=unit is not None,
-        HAS_DOT=row_dot is not None,
     )
 
 

@@ -128,7 +128,6 @@ def finish_kernel(
     total,  # H y of `count` rows from row_begin on, [count, d], float32
     x,  # [n, d]
     dx,  # [n, d]; may be where total is
-    row_dot,  # [n], float64, with HAS_DOT
     factor_ptr,  # [n], with HAS_FACTORS
     scale_ptr,  # []
     unit_ptr,  # [], with HAS_UNIT
@@ -141,12 +140,8 @@ def finish_kernel(
     BLOCK_D: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     HAS_UNIT: tl.constexpr,
-    HAS_DOT: tl.constexpr,
 ):
-    """dx = u - <u, x> f^2 x with u = scale H y: the second term, with factors f = 1 / |x|, is their derivative.
-
-    row_dot is <(H y)_i, x_i>, the row's part of dscale; taken before the multiplication by scale it is right at 0 too.
-    """
+    """dx = u - <u, x> f^2 x with u = scale H y: the second term, with factors f = 1 / |x|, is their derivative."""
     local = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = local < count
     rows = row_begin + local
@@ -159,14 +154,11 @@ def finish_kernel(
     if HAS_UNIT:
         unit = tl.load(unit_ptr)
     along = tl.zeros((BLOCK_M,), tl.float32)
-    if HAS_DOT or HAS_FACTORS:
+    if HAS_FACTORS:
         for k in range(0, d, BLOCK_D):
             inside = in_m[:, None] & (offs_d < d - k)[None, :]
             x_tile = tl.load(x_ptrs + (k // BLOCK_D) * step * stride_xd, mask=inside, other=0.0).to(tl.float32)
             along += tl.sum(tl.load(total_ptrs + k, mask=inside, other=0.0) * x_tile, 1)
-    if HAS_DOT:
-        tl.store(row_dot + rows, along.to(tl.float64) * unit.to(tl.float64), mask=in_m)
-    if HAS_FACTORS:
         factor = tl.load(factor_ptr + rows, mask=in_m, other=0.0)
         along = tl.where(factor < CLAMPED_FACTOR, along * factor * factor, 0.0)
     scale = tl.load(scale_ptr)
