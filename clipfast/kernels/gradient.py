@@ -2,7 +2,8 @@
 
 Weights and logsumexps come as four vectors per side, packed as [4, n] and [4, m] in float32 (see vectors.py):
 
-    centre      c_i, a product: exp(L_ij - lse_i) is exp2((z_ij - c_i) scale2) up to a factor that `weight` holds
+    centre      c_i, a product: exp(L_ij - lse_i) is exp2((z_ij - c_i) scale2) up to a factor that `weight` holds;
+                times the scale's sign, as z is
     weight      of exp(L_ij - lse_i) in G_ij
     positive    G_ip, at the row's or the column's positive
     factor      f_i, by which the row of x or y counts; 1 without factors
@@ -17,16 +18,16 @@ import triton.language as tl
 
 from clipfast.kernels.tiles import (
     INFINITY,
-    LARGEST,
-    LOG2_E,
     MAX_SPREAD,
     diagonal_distance,
     finite,
+    is_negative,
     is_plain,
     is_positive,
+    least_and_largest,
     multiply_add,
     product,
-    tile_range,
+    signed_scale,
 )
 
 CENTRE = tl.constexpr(0)
@@ -51,7 +52,7 @@ def tile_gradient(
     n,
     m,
     diag_offset,
-    scale2,
+    scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
@@ -67,24 +68,34 @@ def tile_gradient(
     if HAS_FACTORS:
         row_factor, col_factor = side(rows, FACTOR, offs_m, n), side(cols, FACTOR, offs_n, m)
         z = z * row_factor[:, None] * col_factor[None, :]
-    distance = diagonal_distance(row, col, diag_offset)
+    abs_scale2, negated = signed_scale(scale)
+    distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
     plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
-    low, high = tile_range(z, row, col, distance, n, m, plain, BLOCK_M, BLOCK_N)
-    if (high - low) * tl.abs(scale2) < MAX_SPREAD:
-        shift = finite(tl.where(scale2 >= 0, high, low))
-        from_row = row_weight * tl.exp2((shift - row_centre) * scale2)
-        from_col = col_weight * tl.exp2((shift - col_centre) * scale2)
-        g = tl.exp2((z - shift) * scale2) * (from_row[:, None] + from_col[None, :])
-    else:
-        g = row_weight[:, None] * tl.exp2((z - row_centre[:, None]) * scale2)
-        g += col_weight[None, :] * tl.exp2((z - col_centre[None, :]) * scale2)
+    positive = side(rows, POSITIVE, offs_m, n)
+    dscale = tl.zeros((), tl.float32)
+    if negated:
+        z = -z
     if not plain:
-        positive = side(rows, POSITIVE, offs_m, n)
-        g = tl.where(is_positive(distance, BLOCK_M, BLOCK_N), positive[:, None], g)
-        inside = (offs_m < n)[:, None] & (offs_n < m)[None, :]
-        dscale = tl.sum(tl.where(inside, g * z, 0.0))
+        own = is_positive(distance, BLOCK_M, BLOCK_N)
+        dscale += tl.sum(positive * tl.sum(tl.where(own, z, 0.0), 1))
+        z = tl.where(is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N), z, -INFINITY)
+    low, high = least_and_largest(z, plain)
+    if (high - low) * abs_scale2 < MAX_SPREAD:
+        shift = finite(high)
+        from_row = row_weight * tl.exp2((shift - row_centre) * abs_scale2)
+        from_col = col_weight * tl.exp2((shift - col_centre) * abs_scale2)
+        g = tl.exp2((z - shift) * abs_scale2) * (from_row[:, None] + from_col[None, :])
     else:
-        dscale = tl.sum(g * z)
+        g = row_weight[:, None] * tl.exp2((z - row_centre[:, None]) * abs_scale2)
+        g += col_weight[None, :] * tl.exp2((z - col_centre[None, :]) * abs_scale2)
+    if plain:
+        dscale += tl.sum(g * z)
+    else:
+        negative = is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N)
+        dscale += tl.sum(tl.where(negative, g * z, 0.0))
+        g = tl.where(is_positive(distance, BLOCK_M, BLOCK_N), positive[:, None], g)
+    if negated:
+        dscale = -dscale
     if HAS_FACTORS:
         g = g * row_factor[:, None] * col_factor[None, :]
     return g, dscale
@@ -130,8 +141,8 @@ def gradient_kernel(
         x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
         BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
     )  # fmt: skip
-    scale2 = tl.load(scale_ptr) * LOG2_E
-    h, dscale = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale2, BLOCK_M, BLOCK_N, HAS_FACTORS)
+    scale = tl.load(scale_ptr)
+    h, dscale = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale, BLOCK_M, BLOCK_N, HAS_FACTORS)
     dscale_ptr += tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     before = tl.load(dscale_ptr, mask=row_begin + col_begin > 0, other=0.0)
     tl.store(dscale_ptr, before + dscale.to(tl.float64))
@@ -171,7 +182,7 @@ def accumulate_kernel(
     """H y for a block of rows and BLOCK_OUT of its d columns, accumulated in registers over all of y."""
     row = tl.program_id(0) * BLOCK_M
     offs_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    scale2 = tl.load(scale_ptr) * LOG2_E
+    scale = tl.load(scale_ptr)
     total = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     dscale = tl.zeros((), tl.float64)
     for col in range(0, m, BLOCK_N):
@@ -179,7 +190,7 @@ def accumulate_kernel(
             x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
             BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, False, PRECISION,
         )  # fmt: skip
-        h, part = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale2, BLOCK_M, BLOCK_N, HAS_FACTORS)
+        h, part = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale, BLOCK_M, BLOCK_N, HAS_FACTORS)
         dscale += part.to(tl.float64)
         offs_n = col + tl.arange(0, BLOCK_N)
         h = tl.where((offs_n < m)[None, :], h, 0.0)

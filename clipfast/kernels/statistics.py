@@ -9,53 +9,38 @@ from clipfast.kernels.tiles import (
     INFINITY,
     LARGEST,
     LN_2,
-    LOG2_E,
     MAX_SPREAD,
     diagonal_distance,
     finite,
     is_negative,
     is_plain,
     is_positive,
+    least_and_largest,
     merge,
     product,
-    tile_range,
+    signed_scale,
 )
 
 
 @triton.jit
-def wide_sums(z, negative, sign, abs_scale2):
-    """Row and column sums of a tile, each row and each column with a shift of its own."""
-    z = tl.where(negative, z * sign, -INFINITY)
-    row_shift, col_shift = finite(tl.max(z, 1)), finite(tl.max(z, 0))
-    row_sum = tl.sum(tl.where(negative, tl.exp2((z - row_shift[:, None]) * abs_scale2), 0.0), 1)
-    col_sum = tl.sum(tl.where(negative, tl.exp2((z - col_shift[None, :]) * abs_scale2), 0.0), 0)
-    return row_shift, row_sum, col_shift, col_sum
-
-
-@triton.jit
-def tile_sums(z, row, col, distance, n, m, scale2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(shift, sum) over the negatives of every row and every column of a tile; shifts are times the scale's sign."""
-    sign = tl.where(scale2 >= 0, 1.0, -1.0)
-    abs_scale2 = scale2 * sign
-    plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
-    low, high = tile_range(z, row, col, distance, n, m, plain, BLOCK_M, BLOCK_N)
+def tile_sums(z, plain, abs_scale2):
+    """(shift, sum) over every row and every column of a tile whose masked products are -inf."""
+    low, high = least_and_largest(z, plain)
     if (high - low) * abs_scale2 < MAX_SPREAD:
         # One exponential for both directions.
-        shift = finite(tl.where(sign > 0, high, low))
-        e = tl.exp2((z - shift) * scale2)
-        if not plain:
-            e = tl.where(is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N), e, 0.0)
+        shift = finite(high)
+        e = tl.exp2((z - shift) * abs_scale2)
         row_sum, col_sum = tl.sum(e, 1), tl.sum(e, 0)
-        row_shift = tl.zeros_like(row_sum) + shift * sign
-        col_shift = tl.zeros_like(col_sum) + shift * sign
+        row_shift, col_shift = tl.zeros_like(row_sum) + shift, tl.zeros_like(col_sum) + shift
     else:
-        negative = is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N)
-        row_shift, row_sum, col_shift, col_sum = wide_sums(z, negative, sign, abs_scale2)
+        row_shift, col_shift = finite(tl.max(z, 1)), finite(tl.max(z, 0))
+        row_sum = tl.sum(tl.exp2((z - row_shift[:, None]) * abs_scale2), 1)
+        col_sum = tl.sum(tl.exp2((z - col_shift[None, :]) * abs_scale2), 0)
     return row_shift, row_sum, col_shift, col_sum
 
 
 @triton.jit
-def store_positives(positive_z, z, row, distance, n, m, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_positives(positive_z, z, row, col, distance, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The products of the positives in this tile, which is the only one to hold them."""
     own = tl.sum(tl.where(is_positive(distance, BLOCK_M, BLOCK_N), z, 0.0), 1)
     offs_m = tl.arange(0, BLOCK_M)
@@ -100,8 +85,7 @@ def statistics_kernel(
     programs_m = tl.num_programs(0) // programs_n
     program_m = tl.program_id(0) // programs_n
     program_n = tl.program_id(0) % programs_n
-    scale2 = tl.load(scale_ptr) * LOG2_E
-    abs_scale2 = tl.abs(scale2)
+    abs_scale2, negated = signed_scale(tl.load(scale_ptr))
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     col_sums = col_partial + program_m.to(tl.int64) * m
@@ -120,12 +104,15 @@ def statistics_kernel(
             if HAS_FACTORS:
                 z *= tl.load(x_factor + row + offs_m, mask=row + offs_m < n, other=0.0)[:, None]
                 z *= tl.load(y_factor + col + offs_n, mask=in_m, other=0.0)[None, :]
-            distance = diagonal_distance(row, col, diag_offset)
-            if (distance > -BLOCK_M) & (distance < BLOCK_N):
-                store_positives(positive_z, z, row, distance, n, m, col, BLOCK_M, BLOCK_N)
-            tile_row_shift, tile_row_sum, col_shift, col_sum = tile_sums(
-                z, row, col, distance, n, m, scale2, BLOCK_M, BLOCK_N
-            )
+            distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
+            plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
+            if not plain:
+                store_positives(positive_z, z, row, col, distance, n, m, BLOCK_M, BLOCK_N)
+            if negated:
+                z = -z
+            if not plain:
+                z = tl.where(is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N), z, -INFINITY)
+            tile_row_shift, tile_row_sum, col_shift, col_sum = tile_sums(z, plain, abs_scale2)
             row_shift, row_sum = merge(row_shift, row_sum, tile_row_shift, tile_row_sum, abs_scale2)
             col_ptrs = col_sums + col + offs_n
             col_sum_ptrs = col_ptrs + tl.num_programs(0).to(tl.int64) // programs_n * m
@@ -147,7 +134,7 @@ def statistics_kernel(
 @triton.jit
 def merged_lse(partial, offs, count, length, scale, bias, BLOCK: tl.constexpr):  # [BLOCK], float64
     """The logsumexp of `count` partial sums, merged in their order."""
-    abs_scale2 = tl.abs(scale * LOG2_E)
+    abs_scale2, _ = signed_scale(scale)
     inside = offs < length
     shift = tl.full((BLOCK,), -LARGEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)

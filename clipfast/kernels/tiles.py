@@ -10,6 +10,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.4028234663852886e38)  # finite float32
 
+SMALLEST_SCALE = tl.constexpr(1e-30)
+
 # In log2 units: below it one shift serves a whole tile, for then the smallest exponential is a normal number.
 MAX_SPREAD = tl.constexpr(100.0)
 
@@ -74,9 +76,10 @@ def product(
 
 
 @triton.jit
-def diagonal_distance(row, col, diag_offset):
-    """The column, within the tile, of the positive of the tile's first row. In 64 bits: the sum may exceed 2^31."""
-    return row.to(tl.int64) + diag_offset - col
+def diagonal_distance(row, col, diag_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The column, within the tile, of the positive of the tile's first row; -BLOCK_M or BLOCK_N if none is near."""
+    distance = row.to(tl.int64) + diag_offset - col  # the sum may exceed 2^31
+    return tl.minimum(tl.maximum(distance, -BLOCK_M), BLOCK_N).to(tl.int32)
 
 
 @triton.jit
@@ -97,17 +100,26 @@ def is_negative(row, col, distance, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def tile_range(z, row, col, distance, n, m, plain, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The least and the largest product of a tile's negatives; inf and -inf if there are none.
+def signed_scale(scale):
+    """|scale| in log2 units, and whether products must change their sign to grow with the logits.
 
-    A NaN may be ignored here, it passes through every later sum by itself; a spread that is NaN is not narrow.
+    0 becomes so small a number that exponentials are 1, while a masked product of -inf still gives 0.
     """
+    abs_scale2 = tl.abs(scale * LOG2_E)
+    return tl.where(abs_scale2 < SMALLEST_SCALE, SMALLEST_SCALE, abs_scale2), scale < 0
+
+
+@triton.jit
+def least_and_largest(z, plain):
+    """The range of a tile's products without the masked ones, which are -inf; inf and -inf if there are none.
+
+    A NaN may be ignored here, it passes through every later sum by itself.
+    """
+    high = tl.max(z)
     if plain:
-        low, high = tl.min(z), tl.max(z)
+        low = tl.min(z)
     else:
-        negative = is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N)
-        low = tl.min(tl.where(negative, z, INFINITY))
-        high = tl.max(tl.where(negative, z, -INFINITY))
+        low = tl.min(tl.where(z == -INFINITY, INFINITY, z))
     return low, high
 
 

@@ -47,7 +47,7 @@ def centre_and_weight(lse, weight, scale, bias):
     """c and w' with w' exp2((z - c) scale2) = w exp(L - lse), up to one rounding of w'; everything is float64 here.
 
     c may be any number near (lse - bias) / scale: w' makes up for what is missing. Where the weight is 0 the centre is
-    infinite, on the side that makes every exponential 0, so that an infinite logit does no harm.
+    infinite, which makes every exponential 0, so that an infinite logit does no harm.
     """
     centre = tl.where(scale == 0, 0.0, (lse - bias) / scale)
     centre = tl.minimum(tl.maximum(centre, -LARGEST), LARGEST).to(tl.float32)
@@ -55,8 +55,7 @@ def centre_and_weight(lse, weight, scale, bias):
     # Beyond any rounding of a meaningful logit it is float64's own rounding of a huge one.
     limit = tl.where(scale == 0, INFINITY, 64.0)
     gap = tl.where((tl.abs(gap) > limit) & (tl.abs(centre) < LARGEST), 0.0, gap)
-    never = tl.where(scale > 0, INFINITY, tl.where(scale < 0, -INFINITY, 0.0))
-    centre = tl.where(weight == 0, never.to(tl.float32), centre)
+    centre = tl.where(weight == 0, INFINITY, tl.where(scale < 0, -centre, centre))
     return centre, tl.where(weight == 0, 0.0, weight * tl.exp(gap)).to(tl.float32)
 
 
