@@ -51,6 +51,11 @@ class Config:
         """The operands that are under way; the compiler adds a little."""
         return max(1, self.num_stages) * (self.block_m + self.block_n) * self.block_d * self.itemsize
 
+    @property
+    def tile_scratch(self) -> int:
+        """float32 numbers that the statistics kernel needs per program, for tiles of a wide range."""
+        return self.block_m * (self.block_n + 2)
+
 
 @dataclass(frozen=True)
 class Device:

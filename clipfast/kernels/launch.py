@@ -45,7 +45,8 @@ def forward(
     config = config or operands.choose("statistics")
     programs_m, programs_n = tuning.program_grid(n, m, config, device.processors)
     row_partial = x.new_empty((2, programs_n, n), dtype=torch.float32)
-    col_partial = x.new_empty((2, programs_m, m), dtype=torch.float32)
+    col_partial = x.new_empty((2, programs_m, 2, m), dtype=torch.float32)
+    scratch = x.new_empty((programs_m * programs_n, config.tile_scratch), dtype=torch.float32)
     positive_z = x.new_empty(n, dtype=torch.float32)
     row_lse, col_lse, positive = (x.new_empty(k, dtype=torch.float64) for k in (n, m, n))
     with _on(x.device):
@@ -56,6 +57,7 @@ def forward(
             y_factor,
             row_partial,
             col_partial,
+            scratch,
             positive_z,
             n,
             m,

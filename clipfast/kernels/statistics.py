@@ -21,22 +21,44 @@ from clipfast.kernels.tiles import (
     signed_scale,
 )
 
+STRIP = tl.constexpr(16)  # rows of a wide tile at a time
+
 
 @triton.jit
-def tile_sums(z, plain, abs_scale2):
-    """(shift, sum) over every row and every column of a tile whose masked products are -inf."""
-    low, high = least_and_largest(z, plain)
-    if (high - low) * abs_scale2 < MAX_SPREAD:
-        # One exponential for both directions.
-        shift = finite(high)
-        e = tl.exp2((z - shift) * abs_scale2)
-        row_sum, col_sum = tl.sum(e, 1), tl.sum(e, 0)
-        row_shift, col_shift = tl.zeros_like(row_sum) + shift, tl.zeros_like(col_sum) + shift
-    else:
-        row_shift, col_shift = finite(tl.max(z, 1)), finite(tl.max(z, 0))
-        row_sum = tl.sum(tl.exp2((z - row_shift[:, None]) * abs_scale2), 1)
-        col_sum = tl.sum(tl.exp2((z - col_shift[None, :]) * abs_scale2), 0)
-    return row_shift, row_sum, col_shift, col_sum
+def add_wide_tile(
+    z,  # [BLOCK_M, BLOCK_N], masked products are -inf
+    scratch,  # [BLOCK_M, BLOCK_N], and [2, BLOCK_M] behind it
+    col_ptrs,  # [BLOCK_N]: the columns' shifts; their sums lie col_stride behind them
+    col_stride,
+    in_m,
+    abs_scale2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Merge a tile into the columns' sums and return its rows' (shift, sum), each with a shift of its own.
+
+    A rare path: the tile goes through memory, so that its registers do not add to those of the common one.
+    """
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    tl.store(scratch + offs_m[:, None] * BLOCK_N + offs_n[None, :], z)
+    tl.debug_barrier()
+    rows = scratch + BLOCK_M * BLOCK_N
+    col_shift = tl.load(col_ptrs, mask=in_m, other=-LARGEST)
+    col_sum = tl.load(col_ptrs + col_stride, mask=in_m, other=0.0)
+    for begin in range(0, BLOCK_M, STRIP):
+        offs = begin + tl.arange(0, STRIP)
+        strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
+        row_shift = finite(tl.max(strip, 1))
+        tl.store(rows + offs, row_shift)
+        tl.store(rows + BLOCK_M + offs, tl.sum(tl.exp2((strip - row_shift[:, None]) * abs_scale2), 1))
+        shift = tl.maximum(col_shift, finite(tl.max(strip, 0)))
+        col_sum = col_sum * tl.exp2((col_shift - shift) * abs_scale2)
+        col_sum += tl.sum(tl.exp2((strip - shift[None, :]) * abs_scale2), 0)
+        col_shift = shift
+    tl.store(col_ptrs, col_shift, mask=in_m)
+    tl.store(col_ptrs + col_stride, col_sum, mask=in_m)
+    tl.debug_barrier()
+    return tl.load(rows + offs_m), tl.load(rows + BLOCK_M + offs_m)
 
 
 @triton.jit
@@ -57,7 +79,8 @@ def statistics_kernel(
     x_factor,  # [n], with HAS_FACTORS
     y_factor,  # [m]
     row_partial,  # [2, programs_n, n]: shift, sum
-    col_partial,  # [2, programs_m, m]
+    col_partial,  # [2, programs_m, 2, m]: shift, sum of narrow tiles, then of wide ones
+    scratch,  # [programs, BLOCK_M * (BLOCK_N + 2)]
     positive_z,  # [n]
     n,
     m,
@@ -88,8 +111,11 @@ def statistics_kernel(
     abs_scale2, negated = signed_scale(tl.load(scale_ptr))
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    col_sums = col_partial + program_m.to(tl.int64) * m
-    row_sums = row_partial + program_n.to(tl.int64) * n
+    row_stride = programs_n.to(tl.int64) * n
+    col_stride = 2 * programs_m.to(tl.int64) * m
+    row_partial += program_n.to(tl.int64) * n
+    col_partial += 2 * program_m.to(tl.int64) * m
+    scratch += tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_N + 2 * BLOCK_M)
     for block_m in range(program_m, tl.cdiv(n, BLOCK_M), programs_m):
         row = block_m * BLOCK_M
         row_shift = tl.full((BLOCK_M,), -LARGEST, tl.float32)
@@ -112,23 +138,40 @@ def statistics_kernel(
                 z = -z
             if not plain:
                 z = tl.where(is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N), z, -INFINITY)
-            tile_row_shift, tile_row_sum, col_shift, col_sum = tile_sums(z, plain, abs_scale2)
+            low, high = least_and_largest(z, plain)
+            shift = finite(high)
+            col_ptrs = col_partial + col + offs_n
+            if block_m == program_m:
+                old_shift = -LARGEST
+                old_sum = tl.zeros((BLOCK_N,), tl.float32)
+                tl.store(col_ptrs + m, old_sum - LARGEST, mask=in_m)
+                tl.store(col_ptrs + m + col_stride, old_sum, mask=in_m)
+            else:
+                old_shift = tl.load(col_partial + col)
+                old_sum = tl.load(col_ptrs + col_stride, mask=in_m, other=0.0)
+            # With one row or one column the positive may be all that a column or row has, and any shift too large.
+            several = (row + 1 < n) & (col + 1 < m)
+            if several & ((high - low) * abs_scale2 < MAX_SPREAD):
+                # One exponential for both directions.
+                e = tl.exp2((z - shift) * abs_scale2)
+                tile_row_sum = tl.sum(e, 1)
+                tile_row_shift = tl.zeros_like(tile_row_sum) + shift
+                new_shift = tl.maximum(old_shift, shift)
+                old_sum = old_sum * tl.exp2((old_shift - new_shift) * abs_scale2)
+                old_sum += tl.sum(e, 0) * tl.exp2((shift - new_shift) * abs_scale2)
+            else:
+                tile_row_shift, tile_row_sum = add_wide_tile(
+                    z, scratch, col_ptrs + m, col_stride, in_m, abs_scale2, BLOCK_M, BLOCK_N
+                )
+                new_shift = old_shift
             row_shift, row_sum = merge(row_shift, row_sum, tile_row_shift, tile_row_sum, abs_scale2)
-            col_ptrs = col_sums + col + offs_n
-            col_sum_ptrs = col_ptrs + tl.num_programs(0).to(tl.int64) // programs_n * m
-            # The program's first block of rows finds nothing there yet.
-            seen = col + offs_n < tl.where(block_m > program_m, m, 0)
-            old_shift = tl.load(col_ptrs, mask=seen, other=-LARGEST)
-            old_sum = tl.load(col_sum_ptrs, mask=seen, other=0.0)
-            col_shift, col_sum = merge(old_shift, old_sum, col_shift, col_sum, abs_scale2)
-            tl.store(col_ptrs, col_shift, mask=in_m)
-            tl.store(col_sum_ptrs, col_sum, mask=in_m)
+            tl.store(col_ptrs, tl.zeros_like(old_sum) + new_shift, mask=in_m)
+            tl.store(col_ptrs + col_stride, old_sum, mask=in_m)
             # Other threads of this program may read what these have written.
             tl.debug_barrier()
         in_n = row + offs_m < n
-        row_ptrs = row_sums + row + offs_m
-        tl.store(row_ptrs, row_shift, mask=in_n)
-        tl.store(row_ptrs + programs_n.to(tl.int64) * n, row_sum, mask=in_n)
+        tl.store(row_partial + row + offs_m, row_shift, mask=in_n)
+        tl.store(row_partial + row_stride + row + offs_m, row_sum, mask=in_n)
 
 
 @triton.jit
@@ -155,7 +198,7 @@ def merged_lse(partial, offs, count, length, scale, bias, BLOCK: tl.constexpr): 
 @triton.jit(do_not_specialize=["n", "m", "diag_offset", "programs_m", "programs_n"])
 def merge_kernel(
     row_partial,  # [2, programs_n, n]
-    col_partial,  # [2, programs_m, m]
+    col_partial,  # [2, programs_m, 2, m]
     positive_z,  # [n]
     scale_ptr,  # []
     bias_ptr,  # []
@@ -183,5 +226,5 @@ def merge_kernel(
         tl.store(positive + offs, tl.where(own, logit, 0.0), mask=offs < n)
     else:
         offs = (block - row_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        lse = merged_lse(col_partial, offs, programs_m, m, scale, bias, BLOCK)
+        lse = merged_lse(col_partial, offs, 2 * programs_m, m, scale, bias, BLOCK)
         tl.store(col_lse + offs, lse, mask=offs < m)
