@@ -43,7 +43,7 @@ class Config:
     tma: bool = False  # loads through tensor descriptors
     max_d: int = 0  # 0: any d
     block_out: int = 0  # accumulate: columns of dx per program
-    per_processor: int = 1  # statistics: programs per multiprocessor
+    per_processor: int = 1  # programs per multiprocessor
     source: str = UNMEASURED
 
     @property
@@ -53,8 +53,8 @@ class Config:
 
     @property
     def tile_scratch(self) -> int:
-        """float32 numbers that the statistics kernel needs per program, for tiles of a wide range."""
-        return self.block_m * (self.block_n + 2)
+        """float32 numbers per program for a tile of a wide range."""
+        return self.block_m * (self.block_n + 2 * (self.kernel == "statistics"))
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ def program_grid(n: int, m: int, config: Config, processors: int) -> tuple[int, 
         best = candidate if best is None else min(best, candidate)
     assert best is not None
     return best[2], best[3]
+
+
+def persistent_programs(n: int, m: int, config: Config, processors: int) -> int:
+    """How many programs share the tiles of a chunk."""
+    return min(-(-n // config.block_m) * -(-m // config.block_n), processors * config.per_processor)
 
 
 def padded(cols: int) -> int:

@@ -1,6 +1,6 @@
 """Backward: G per tile, either stored for the vendor's matrix product or multiplied on while it is in registers.
 
-Weights and logsumexps come as four vectors per side, packed as [4, n] and [4, m] in float32 (see vectors.py):
+Weights and logsumexps come as four numbers per row and per column, [n, 4] and [m, 4] in float32 (see vectors.py):
 
     centre      c_i, a product: exp(L_ij - lse_i) is exp2((z_ij - c_i) scale2) up to a factor that `weight` holds;
                 times the scale's sign, as z is
@@ -19,6 +19,7 @@ import triton.language as tl
 from clipfast.kernels.tiles import (
     INFINITY,
     MAX_SPREAD,
+    STRIP,
     diagonal_distance,
     finite,
     is_negative,
@@ -34,88 +35,158 @@ CENTRE = tl.constexpr(0)
 WEIGHT = tl.constexpr(1)
 POSITIVE = tl.constexpr(2)
 FACTOR = tl.constexpr(3)
+VECTORS = tl.constexpr(4)
 
 
 @triton.jit
 def side(vectors, which: tl.constexpr, offs, length):  # [BLOCK]
     """One of the four vectors at `offs`; 0 beyond its end."""
-    return tl.load(vectors + which * length.to(tl.int64) + offs, mask=offs < length, other=0.0)
+    return tl.load(vectors + offs.to(tl.int64) * VECTORS + which, mask=offs < length, other=0.0)
 
 
 @triton.jit
-def tile_gradient(
+def signed_products(
     z,  # [BLOCK_M, BLOCK_N], the raw product
-    rows,  # [4, n]
-    cols,  # [4, m]
+    rows,  # [n, 4]
+    cols,  # [m, 4]
     row,
     col,
+    distance,
     n,
     m,
-    diag_offset,
-    scale,
+    plain,
+    negated,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
 ):
-    """H on one tile, [BLOCK_M, BLOCK_N], arbitrary beyond n and m; and sum_ij G_ij z_ij, the tile's part of dscale.
-
-    The sum is taken here, in float32, and not as <(H y)_i, x_i>, because H may be rounded to half precision.
-    """
-    offs_m = row + tl.arange(0, BLOCK_M)
-    offs_n = col + tl.arange(0, BLOCK_N)
-    row_centre, row_weight = side(rows, CENTRE, offs_m, n), side(rows, WEIGHT, offs_m, n)
-    col_centre, col_weight = side(cols, CENTRE, offs_n, m), side(cols, WEIGHT, offs_n, m)
+    """z with factors and the scale's sign, -inf where there is no negative; and sum_i G_ip z_ip of the tile."""
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     if HAS_FACTORS:
-        row_factor, col_factor = side(rows, FACTOR, offs_m, n), side(cols, FACTOR, offs_n, m)
-        z = z * row_factor[:, None] * col_factor[None, :]
-    abs_scale2, negated = signed_scale(scale)
-    distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
-    plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
-    positive = side(rows, POSITIVE, offs_m, n)
-    dscale = tl.zeros((), tl.float32)
+        z = z * side(rows, FACTOR, offs_m, n)[:, None] * side(cols, FACTOR, offs_n, m)[None, :]
     if negated:
         z = -z
+    dscale = tl.zeros((), tl.float32)
     if not plain:
-        own = is_positive(distance, BLOCK_M, BLOCK_N)
-        dscale += tl.sum(positive * tl.sum(tl.where(own, z, 0.0), 1))
+        own = tl.sum(tl.where(is_positive(distance, BLOCK_M, BLOCK_N), z, 0.0), 1)
+        dscale += tl.sum(side(rows, POSITIVE, offs_m, n) * own)
         z = tl.where(is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N), z, -INFINITY)
-    low, high = least_and_largest(z, plain)
-    if (high - low) * abs_scale2 < MAX_SPREAD:
-        shift = finite(high)
-        from_row = row_weight * tl.exp2((shift - row_centre) * abs_scale2)
-        from_col = col_weight * tl.exp2((shift - col_centre) * abs_scale2)
-        g = tl.exp2((z - shift) * abs_scale2) * (from_row[:, None] + from_col[None, :])
-    else:
-        g = row_weight[:, None] * tl.exp2((z - row_centre[:, None]) * abs_scale2)
-        g += col_weight[None, :] * tl.exp2((z - col_centre[None, :]) * abs_scale2)
+    return z, dscale
+
+
+@triton.jit
+def narrow_gradient(
+    z, shift, rows, cols, row, col, n, m, abs_scale2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # [BLOCK_M, BLOCK_N]
+    """G of the negatives of a tile of a narrow range, with one exponential for both directions; 0 where masked."""
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    from_row = side(rows, WEIGHT, offs_m, n) * tl.exp2((shift - side(rows, CENTRE, offs_m, n)) * abs_scale2)
+    from_col = side(cols, WEIGHT, offs_n, m) * tl.exp2((shift - side(cols, CENTRE, offs_n, m)) * abs_scale2)
+    return tl.exp2((z - shift) * abs_scale2) * (from_row[:, None] + from_col[None, :])
+
+
+@triton.jit
+def wide_gradient(z, rows, cols, row, col, n, m, abs_scale2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """G of the negatives of any tile, with an exponential for each direction; 0 where masked."""
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    g = side(rows, WEIGHT, offs_m, n)[:, None] * tl.exp2((z - side(rows, CENTRE, offs_m, n)[:, None]) * abs_scale2)
+    g += side(cols, WEIGHT, offs_n, m)[None, :] * tl.exp2((z - side(cols, CENTRE, offs_n, m)[None, :]) * abs_scale2)
+    return g
+
+
+@triton.jit
+def complete_gradient(
+    g,  # [BLOCK_M, BLOCK_N], of the negatives
+    z,  # [BLOCK_M, BLOCK_N], from signed_products
+    rows,  # [n, 4]
+    cols,  # [m, 4]
+    row,
+    col,
+    distance,
+    n,
+    m,
+    plain,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+):
+    """H, and the negatives' sum_ij G_ij z_ij, the tile's part of dscale up to the scale's sign.
+
+    That sum is taken here, in float32, and not as <(H y)_i, x_i>, because H may be rounded to half precision.
+    """
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     if plain:
-        dscale += tl.sum(g * z)
+        dscale = tl.sum(g * z)
     else:
         negative = is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N)
-        dscale += tl.sum(tl.where(negative, g * z, 0.0))
+        dscale = tl.sum(tl.where(negative, g * z, 0.0))
+        positive = side(rows, POSITIVE, offs_m, n)
         g = tl.where(is_positive(distance, BLOCK_M, BLOCK_N), positive[:, None], g)
-    if negated:
-        dscale = -dscale
     if HAS_FACTORS:
-        g = g * row_factor[:, None] * col_factor[None, :]
+        g = g * side(rows, FACTOR, offs_m, n)[:, None] * side(cols, FACTOR, offs_n, m)[None, :]
     return g, dscale
 
 
-@triton.jit(do_not_specialize=["n", "m", "diag_offset", "row_begin", "col_begin"])
+@triton.jit
+def store_tile(h_ptr, h, row, col, n, m, stride_hm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm + offs_n[None, :]
+    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=(offs_m < n)[:, None] & (offs_n < m)[None, :])
+
+
+@triton.jit
+def store_wide_tile(
+    z,  # [BLOCK_M, BLOCK_N], from signed_products
+    scratch,  # [BLOCK_M, BLOCK_N]
+    rows,  # [n, 4]
+    cols,  # [m, 4]
+    h_ptr,
+    row,
+    col,
+    distance,
+    n,
+    m,
+    stride_hm,
+    abs_scale2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+):
+    """Store H of a tile of a wide range, and return its part of dscale.
+
+    A rare path: the tile goes through memory, so that its registers do not add to those of the common one.
+    """
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    tl.store(scratch + offs_m[:, None] * BLOCK_N + offs_n[None, :], z)
+    tl.debug_barrier()
+    dscale = tl.zeros((), tl.float32)
+    for begin in range(0, BLOCK_M, STRIP):
+        offs = begin + tl.arange(0, STRIP)
+        strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
+        g = wide_gradient(strip, rows, cols, row + begin, col, n, m, abs_scale2, STRIP, BLOCK_N)
+        h, part = complete_gradient(
+            g, strip, rows, cols, row + begin, col, distance + begin, n, m, False, STRIP, BLOCK_N, HAS_FACTORS
+        )
+        dscale += part
+        store_tile(h_ptr, h, row + begin, col, n, m, stride_hm, STRIP, BLOCK_N)
+    tl.debug_barrier()
+    return dscale
+
+
+@triton.jit(do_not_specialize=["n", "m", "diag_offset"])
 def gradient_kernel(
     x,  # [n, d]: a pointer, or a tensor descriptor with USE_TMA
     y,  # [m, d]
     scale_ptr,  # []
-    rows,  # [4, n]
-    cols,  # [4, m]
-    h_ptr,  # the block of H from (row_begin, col_begin) on
-    dscale_ptr,  # [programs of the first block], float64
+    rows,  # [n, 4]
+    cols,  # [m, 4]
+    h_ptr,  # [n, m]
+    dscale_ptr,  # [programs], float64: each program adds its part
+    scratch,  # [programs, BLOCK_M * BLOCK_N]
     n,
     m,
     d,
     diag_offset,
-    row_begin,
-    col_begin,
     stride_xm,
     stride_xd,
     stride_yn,
@@ -129,28 +200,39 @@ def gradient_kernel(
     HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of H, one tile a program. The block, and the rows of x and y that it needs, stay in L2 by its size.
-
-    Blocks come one after the other, the first one at (0, 0) and none larger: each program adds its part of dscale to
-    that of the program of the same number before it.
-    """
-    local_row = tl.program_id(0) * BLOCK_M
-    local_col = tl.program_id(1) * BLOCK_N
-    row, col = row_begin + local_row, col_begin + local_col
-    z = product(
-        x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
-        BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
-    )  # fmt: skip
-    scale = tl.load(scale_ptr)
-    h, dscale = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale, BLOCK_M, BLOCK_N, HAS_FACTORS)
-    dscale_ptr += tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    before = tl.load(dscale_ptr, mask=row_begin + col_begin > 0, other=0.0)
-    tl.store(dscale_ptr, before + dscale.to(tl.float64))
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    h_ptrs = h_ptr + (local_row + offs_m).to(tl.int64)[:, None] * stride_hm + (local_col + offs_n)[None, :]
-    inside = (row + offs_m < n)[:, None] & (col + offs_n < m)[None, :]
-    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=inside)
+    """H of a chunk of x and y, so small that H and its operands stay in L2 whatever the order of its tiles is."""
+    abs_scale2, negated = signed_scale(tl.load(scale_ptr))
+    scratch += tl.program_id(0).to(tl.int64) * BLOCK_M * BLOCK_N
+    blocks_m = tl.cdiv(n, BLOCK_M)
+    dscale = tl.zeros((), tl.float64)
+    for tile in range(tl.program_id(0), blocks_m * tl.cdiv(m, BLOCK_N), tl.num_programs(0)):
+        row, col = tile % blocks_m * BLOCK_M, tile // blocks_m * BLOCK_N
+        z = product(
+            x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
+            BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
+        )  # fmt: skip
+        distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
+        plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
+        z, part = signed_products(
+            z, rows, cols, row, col, distance, n, m, plain, negated, BLOCK_M, BLOCK_N, HAS_FACTORS
+        )
+        low, high = least_and_largest(z, plain)
+        if (high - low) * abs_scale2 < MAX_SPREAD:
+            g = narrow_gradient(z, finite(high), rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N)
+            h, more = complete_gradient(
+                g, z, rows, cols, row, col, distance, n, m, plain, BLOCK_M, BLOCK_N, HAS_FACTORS
+            )
+            store_tile(h_ptr, h, row, col, n, m, stride_hm, BLOCK_M, BLOCK_N)
+        else:
+            more = store_wide_tile(
+                z, scratch, rows, cols, h_ptr, row, col, distance, n, m, stride_hm, abs_scale2,
+                BLOCK_M, BLOCK_N, HAS_FACTORS,
+            )  # fmt: skip
+        dscale += (part + more).to(tl.float64)
+    if negated:
+        dscale = -dscale
+    dscale_ptr += tl.program_id(0)
+    tl.store(dscale_ptr, tl.load(dscale_ptr) + dscale)
 
 
 @triton.jit(do_not_specialize=["n", "m", "diag_offset"])
@@ -158,8 +240,8 @@ def accumulate_kernel(
     x,  # [n, d]
     y,  # [m, d]
     scale_ptr,  # []
-    rows,  # [4, n]
-    cols,  # [4, m]
+    rows,  # [n, 4]
+    cols,  # [m, 4]
     total_ptr,  # H y [n, d], float32
     dscale_ptr,  # [blocks of rows], float64, with HAS_DSCALE
     n,
@@ -182,7 +264,7 @@ def accumulate_kernel(
     """H y for a block of rows and BLOCK_OUT of its d columns, accumulated in registers over all of y."""
     row = tl.program_id(0) * BLOCK_M
     offs_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    scale = tl.load(scale_ptr)
+    abs_scale2, negated = signed_scale(tl.load(scale_ptr))
     total = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     dscale = tl.zeros((), tl.float64)
     for col in range(0, m, BLOCK_N):
@@ -190,8 +272,18 @@ def accumulate_kernel(
             x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
             BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, False, PRECISION,
         )  # fmt: skip
-        h, part = tile_gradient(z, rows, cols, row, col, n, m, diag_offset, scale, BLOCK_M, BLOCK_N, HAS_FACTORS)
-        dscale += part.to(tl.float64)
+        distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
+        plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
+        z, part = signed_products(
+            z, rows, cols, row, col, distance, n, m, plain, negated, BLOCK_M, BLOCK_N, HAS_FACTORS
+        )
+        low, high = least_and_largest(z, plain)
+        if (high - low) * abs_scale2 < MAX_SPREAD:
+            g = narrow_gradient(z, finite(high), rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N)
+        else:
+            g = wide_gradient(z, rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N)
+        h, more = complete_gradient(g, z, rows, cols, row, col, distance, n, m, plain, BLOCK_M, BLOCK_N, HAS_FACTORS)
+        dscale += (part + more).to(tl.float64)
         offs_n = col + tl.arange(0, BLOCK_N)
         h = tl.where((offs_n < m)[None, :], h, 0.0)
         y_ptrs = y + offs_n.to(tl.int64)[:, None] * stride_yn + offs_out.to(tl.int64)[None, :] * stride_yd
@@ -201,4 +293,6 @@ def accumulate_kernel(
     total_ptrs = total_ptr + offs_m.to(tl.int64)[:, None] * d + offs_out[None, :]
     tl.store(total_ptrs, total, mask=(offs_m < n)[:, None] & (offs_out < d)[None, :])
     if HAS_DSCALE:
+        if negated:
+            dscale = -dscale
         tl.store(dscale_ptr + tl.program_id(0), dscale, mask=tl.program_id(1) == 0)

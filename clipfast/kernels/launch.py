@@ -103,7 +103,7 @@ def backward(
     diag_offset = min(max(diag_offset, -n), m)
     with _on(x.device):
         unit = _unit(row_weight, col_weight, positive_weight) if x.dtype == torch.float16 else None
-        rows, cols = (scale.new_empty((4, length)) for length in (n, m))
+        rows, cols = (scale.new_empty((length, 4)) for length in (n, m))
         prepare_kernel[(_blocks(n, VECTOR_BLOCK) + _blocks(m, VECTOR_BLOCK),)](
             *(v.contiguous() for v in (row_lse, col_lse, row_weight, col_weight, positive_weight)),
             *(x_factor, y_factor, scale, bias, unit, rows, cols, n, m, diag_offset),
@@ -176,8 +176,8 @@ class Pass:
     x: Tensor  # [n, d]
     y: Tensor  # [m, d]
     scale: Tensor  # []
-    rows: Tensor  # [4, n]
-    cols: Tensor  # [4, m]
+    rows: Tensor  # [n, 4]
+    cols: Tensor  # [m, 4]
     diag_offset: int
     x_factor: Tensor | None
     y_factor: Tensor | None
@@ -192,8 +192,9 @@ class Pass:
         chunk_rows, chunk_cols = tuning.chunk_shape(n, m, x.dtype.itemsize, workspace)
         h_buffer = x.new_empty((chunk_rows, tuning.padded(chunk_cols)))
         dx, dy = self.x.new_empty((n, d)), self.y.new_empty((m, d))
-        programs = _blocks(chunk_rows, config.block_m) * _blocks(chunk_cols, config.block_n)
-        dscale = self.x.new_empty(programs, dtype=torch.float64)
+        programs = tuning.persistent_programs(chunk_rows, chunk_cols, config, tuning.describe(x.device).processors)
+        dscale = x.new_zeros(programs, dtype=torch.float64)
+        scratch = x.new_empty((programs, config.tile_scratch), dtype=torch.float32)
         # float32 gradients are their own totals.
         dy_total = dy if dy.dtype == torch.float32 else dy.new_empty((m, d), dtype=torch.float32)
         dx_total = dx if dx.dtype == torch.float32 else dx.new_empty((chunk_rows, d), dtype=torch.float32)
@@ -201,7 +202,7 @@ class Pass:
             rows_total = dx_total[rows] if dx_total is dx else dx_total[: rows.stop - rows.start]
             for cols in _chunks(m, chunk_cols):
                 h = h_buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-                self._gradient(config, h, dscale, rows.start, cols.start)
+                self._gradient(config, rows, cols, h, dscale, scratch)
                 _add_product(rows_total, h, y[cols], first=cols.start == 0)
                 _add_product(dy_total[cols], h.T, x[rows], first=rows.start == 0)
             self._finish_rows(rows_total, dx, rows.start)
@@ -219,14 +220,23 @@ class Pass:
         self._finish_cols(total, dy)
         return dx, dy, dscale.sum()
 
-    def _gradient(self, config: Config, h: Tensor, dscale: Tensor, row_begin: int, col_begin: int) -> None:
-        gradient_kernel[(_blocks(h.shape[0], config.block_m), _blocks(h.shape[1], config.block_n))](
-            *self.operands.tiles(config),
-            *(self.scale, self.rows, self.cols, h, dscale),
-            *(len(self.x), len(self.y), self.x.shape[1], self.diag_offset, row_begin, col_begin),
-            *self.operands.strides,
+    def _gradient(
+        self,
+        config: Config,
+        rows: slice,
+        cols: slice,
+        h: Tensor,  # [rows, cols]
+        dscale: Tensor,  # [programs]
+        scratch: Tensor,  # [programs, tile_scratch]
+    ) -> None:
+        chunk = Operands(self.operands.x[rows], self.operands.y[cols], self.operands.precision)
+        gradient_kernel[(len(dscale),)](
+            *chunk.tiles(config),
+            *(self.scale, self.rows[rows], self.cols[cols], h, dscale, scratch),
+            *(*h.shape, self.x.shape[1], self.diag_offset + rows.start - cols.start),
+            *chunk.strides,
             h.stride(0),
-            **self.operands.options(config),
+            **chunk.options(config),
             USE_TMA=config.tma,
             HAS_FACTORS=self.x_factor is not None,
         )
@@ -235,8 +245,8 @@ class Pass:
         self,
         config: Config,
         operands: Operands,
-        rows: Tensor,  # [4, n]
-        cols: Tensor,  # [4, m]
+        rows: Tensor,  # [n, 4]
+        cols: Tensor,  # [m, 4]
         diag_offset: int,
         out: Tensor,  # [n, d], only for its dtype if that is not float32
         dscale: Tensor | None,  # [blocks of rows]
@@ -245,7 +255,7 @@ class Pass:
         total = out if out.dtype == torch.float32 else out.new_empty((n, d), dtype=torch.float32)
         accumulate_kernel[(_blocks(n, config.block_m), _blocks(d, config.block_out))](
             *(operands.x, operands.y, self.scale, rows, cols, total, dscale),
-            *(n, cols.shape[1], d, diag_offset),
+            *(n, len(cols), d, diag_offset),
             *operands.strides,
             **operands.options(config),
             BLOCK_OUT=config.block_out,

@@ -10,6 +10,7 @@ from clipfast.kernels.tiles import (
     LARGEST,
     LN_2,
     MAX_SPREAD,
+    STRIP,
     diagonal_distance,
     finite,
     is_negative,
@@ -20,9 +21,6 @@ from clipfast.kernels.tiles import (
     product,
     signed_scale,
 )
-
-STRIP = tl.constexpr(16)  # rows of a wide tile at a time
-
 
 @triton.jit
 def add_wide_tile(

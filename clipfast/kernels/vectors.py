@@ -71,10 +71,11 @@ def prepare_side(
     factor = tl.full(offs.shape, 1.0, tl.float32)
     if HAS_FACTORS:
         factor = tl.load(factor_ptr + offs, mask=inside, other=0.0)
-    tl.store(out + offs, centre, mask=inside)
-    tl.store(out + length + offs, weight, mask=inside)
-    tl.store(out + 2 * length + offs, positive.to(tl.float32), mask=inside)
-    tl.store(out + 3 * length + offs, factor, mask=inside)
+    out += offs * 4
+    tl.store(out, centre, mask=inside)
+    tl.store(out + 1, weight, mask=inside)
+    tl.store(out + 2, positive.to(tl.float32), mask=inside)
+    tl.store(out + 3, factor, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "m", "diag_offset"])
@@ -89,8 +90,8 @@ def prepare_kernel(
     scale_ptr,  # []
     bias_ptr,  # []
     unit_ptr,  # [], with HAS_UNIT
-    rows,  # [4, n]
-    cols,  # [4, m]
+    rows,  # [n, 4]
+    cols,  # [m, 4]
     n,
     m,
     diag_offset,
