@@ -17,15 +17,12 @@ import triton
 import triton.language as tl
 
 from clipfast.kernels.tiles import (
-    INFINITY,
     MAX_SPREAD,
     STRIP,
     diagonal_distance,
     finite,
-    is_negative,
     is_plain,
     is_positive,
-    least_and_largest,
     multiply_add,
     product,
     signed_scale,
@@ -45,40 +42,17 @@ def side(vectors, which: tl.constexpr, offs, length):  # [BLOCK]
 
 
 @triton.jit
-def signed_products(
-    z,  # [BLOCK_M, BLOCK_N], the raw product
-    rows,  # [n, 4]
-    cols,  # [m, 4]
-    row,
-    col,
-    distance,
-    n,
-    m,
-    plain,
-    negated,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
-):
-    """z with factors and the scale's sign, -inf where there is no negative; and sum_i G_ip z_ip of the tile."""
-    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-    if HAS_FACTORS:
-        z = z * side(rows, FACTOR, offs_m, n)[:, None] * side(cols, FACTOR, offs_n, m)[None, :]
-    if negated:
-        z = -z
-    dscale = tl.zeros((), tl.float32)
-    if not plain:
-        own = tl.sum(tl.where(is_positive(distance, BLOCK_M, BLOCK_N), z, 0.0), 1)
-        dscale += tl.sum(side(rows, POSITIVE, offs_m, n) * own)
-        z = tl.where(is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N), z, -INFINITY)
-    return z, dscale
+def with_factors(z, rows, cols, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    row_factor = side(rows, FACTOR, row + tl.arange(0, BLOCK_M), n)
+    col_factor = side(cols, FACTOR, col + tl.arange(0, BLOCK_N), m)
+    return z * row_factor[:, None] * col_factor[None, :]
 
 
 @triton.jit
 def narrow_gradient(
     z, shift, rows, cols, row, col, n, m, abs_scale2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # [BLOCK_M, BLOCK_N]
-    """G of the negatives of a tile of a narrow range, with one exponential for both directions; 0 where masked."""
+    """G of a tile of negatives of a narrow range: one exponential for both directions."""
     offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     from_row = side(rows, WEIGHT, offs_m, n) * tl.exp2((shift - side(rows, CENTRE, offs_m, n)) * abs_scale2)
     from_col = side(cols, WEIGHT, offs_n, m) * tl.exp2((shift - side(cols, CENTRE, offs_n, m)) * abs_scale2)
@@ -86,45 +60,15 @@ def narrow_gradient(
 
 
 @triton.jit
-def wide_gradient(z, rows, cols, row, col, n, m, abs_scale2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """G of the negatives of any tile, with an exponential for each direction; 0 where masked."""
+def general_gradient(
+    z, rows, cols, row, col, distance, n, m, abs_scale2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # [BLOCK_M, BLOCK_N]
+    """G of any tile: an exponential for each direction; positives have their weight, and what lies outside is 0."""
     offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     g = side(rows, WEIGHT, offs_m, n)[:, None] * tl.exp2((z - side(rows, CENTRE, offs_m, n)[:, None]) * abs_scale2)
     g += side(cols, WEIGHT, offs_n, m)[None, :] * tl.exp2((z - side(cols, CENTRE, offs_n, m)[None, :]) * abs_scale2)
-    return g
-
-
-@triton.jit
-def complete_gradient(
-    g,  # [BLOCK_M, BLOCK_N], of the negatives
-    z,  # [BLOCK_M, BLOCK_N], from signed_products
-    rows,  # [n, 4]
-    cols,  # [m, 4]
-    row,
-    col,
-    distance,
-    n,
-    m,
-    plain,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
-):
-    """H, and the negatives' sum_ij G_ij z_ij, the tile's part of dscale up to the scale's sign.
-
-    That sum is taken here, in float32, and not as <(H y)_i, x_i>, because H may be rounded to half precision.
-    """
-    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-    if plain:
-        dscale = tl.sum(g * z)
-    else:
-        negative = is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N)
-        dscale = tl.sum(tl.where(negative, g * z, 0.0))
-        positive = side(rows, POSITIVE, offs_m, n)
-        g = tl.where(is_positive(distance, BLOCK_M, BLOCK_N), positive[:, None], g)
-    if HAS_FACTORS:
-        g = g * side(rows, FACTOR, offs_m, n)[:, None] * side(cols, FACTOR, offs_n, m)[None, :]
-    return g, dscale
+    g = tl.where(is_positive(distance, BLOCK_M, BLOCK_N), side(rows, POSITIVE, offs_m, n)[:, None], g)
+    return tl.where((offs_m < n)[:, None] & (offs_n < m)[None, :], g, 0.0)
 
 
 @triton.jit
@@ -135,8 +79,8 @@ def store_tile(h_ptr, h, row, col, n, m, stride_hm, BLOCK_M: tl.constexpr, BLOCK
 
 
 @triton.jit
-def store_wide_tile(
-    z,  # [BLOCK_M, BLOCK_N], from signed_products
+def store_general_tile(
+    z,  # [BLOCK_M, BLOCK_N], with factors and the scale's sign
     scratch,  # [BLOCK_M, BLOCK_N]
     rows,  # [n, 4]
     cols,  # [m, 4]
@@ -152,9 +96,9 @@ def store_wide_tile(
     BLOCK_N: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
 ):
-    """Store H of a tile of a wide range, and return its part of dscale.
+    """Store H of a tile that has positives, an edge or a wide range, and return its part of dscale.
 
-    A rare path: the tile goes through memory, so that its registers do not add to those of the common one.
+    Few tiles are such: they go through memory, so that their registers do not add to those of the common path.
     """
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     tl.store(scratch + offs_m[:, None] * BLOCK_N + offs_n[None, :], z)
@@ -163,14 +107,25 @@ def store_wide_tile(
     for begin in range(0, BLOCK_M, STRIP):
         offs = begin + tl.arange(0, STRIP)
         strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
-        g = wide_gradient(strip, rows, cols, row + begin, col, n, m, abs_scale2, STRIP, BLOCK_N)
-        h, part = complete_gradient(
-            g, strip, rows, cols, row + begin, col, distance + begin, n, m, False, STRIP, BLOCK_N, HAS_FACTORS
+        h = general_gradient(
+            strip, rows, cols, row + begin, col, distance + begin, n, m, abs_scale2, STRIP, BLOCK_N
         )
-        dscale += part
+        dscale += inner_product(h, strip, row + begin, col, n, m, STRIP, BLOCK_N)
+        if HAS_FACTORS:
+            h = with_factors(h, rows, cols, row + begin, col, n, m, STRIP, BLOCK_N)
         store_tile(h_ptr, h, row + begin, col, n, m, stride_hm, STRIP, BLOCK_N)
     tl.debug_barrier()
     return dscale
+
+
+@triton.jit
+def inner_product(g, z, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """sum_ij G_ij z_ij over what lies inside: the tile's part of dscale, up to the scale's sign.
+
+    It is taken in float32 here, and not as <(H y)_i, x_i>, because H may be rounded to half precision.
+    """
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    return tl.sum(tl.where((offs_m < n)[:, None] & (offs_n < m)[None, :], g * z, 0.0))
 
 
 @triton.jit(do_not_specialize=["n", "m", "diag_offset"])
@@ -212,23 +167,24 @@ def gradient_kernel(
             BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
         )  # fmt: skip
         distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
+        if HAS_FACTORS:
+            z = with_factors(z, rows, cols, row, col, n, m, BLOCK_M, BLOCK_N)
+        if negated:
+            z = -z
+        low, high = tl.min(z), tl.max(z)
         plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
-        z, part = signed_products(
-            z, rows, cols, row, col, distance, n, m, plain, negated, BLOCK_M, BLOCK_N, HAS_FACTORS
-        )
-        low, high = least_and_largest(z, plain)
-        if (high - low) * abs_scale2 < MAX_SPREAD:
-            g = narrow_gradient(z, finite(high), rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N)
-            h, more = complete_gradient(
-                g, z, rows, cols, row, col, distance, n, m, plain, BLOCK_M, BLOCK_N, HAS_FACTORS
-            )
+        if plain & ((high - low) * abs_scale2 < MAX_SPREAD):
+            h = narrow_gradient(z, finite(high), rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N)
+            dscale += tl.sum(h * z).to(tl.float64)
+            if HAS_FACTORS:
+                h = with_factors(h, rows, cols, row, col, n, m, BLOCK_M, BLOCK_N)
             store_tile(h_ptr, h, row, col, n, m, stride_hm, BLOCK_M, BLOCK_N)
         else:
-            more = store_wide_tile(
+            part = store_general_tile(
                 z, scratch, rows, cols, h_ptr, row, col, distance, n, m, stride_hm, abs_scale2,
                 BLOCK_M, BLOCK_N, HAS_FACTORS,
             )  # fmt: skip
-        dscale += (part + more).to(tl.float64)
+            dscale += part.to(tl.float64)
     if negated:
         dscale = -dscale
     dscale_ptr += tl.program_id(0)
@@ -273,19 +229,20 @@ def accumulate_kernel(
             BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, False, PRECISION,
         )  # fmt: skip
         distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
+        if HAS_FACTORS:
+            z = with_factors(z, rows, cols, row, col, n, m, BLOCK_M, BLOCK_N)
+        if negated:
+            z = -z
+        low, high = tl.min(z), tl.max(z)
         plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
-        z, part = signed_products(
-            z, rows, cols, row, col, distance, n, m, plain, negated, BLOCK_M, BLOCK_N, HAS_FACTORS
-        )
-        low, high = least_and_largest(z, plain)
-        if (high - low) * abs_scale2 < MAX_SPREAD:
-            g = narrow_gradient(z, finite(high), rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N)
+        if plain & ((high - low) * abs_scale2 < MAX_SPREAD):
+            h = narrow_gradient(z, finite(high), rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N)
         else:
-            g = wide_gradient(z, rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N)
-        h, more = complete_gradient(g, z, rows, cols, row, col, distance, n, m, plain, BLOCK_M, BLOCK_N, HAS_FACTORS)
-        dscale += (part + more).to(tl.float64)
+            h = general_gradient(z, rows, cols, row, col, distance, n, m, abs_scale2, BLOCK_M, BLOCK_N)
+        dscale += inner_product(h, z, row, col, n, m, BLOCK_M, BLOCK_N).to(tl.float64)
+        if HAS_FACTORS:
+            h = with_factors(h, rows, cols, row, col, n, m, BLOCK_M, BLOCK_N)
         offs_n = col + tl.arange(0, BLOCK_N)
-        h = tl.where((offs_n < m)[None, :], h, 0.0)
         y_ptrs = y + offs_n.to(tl.int64)[:, None] * stride_yn + offs_out.to(tl.int64)[None, :] * stride_yd
         y_tile = tl.load(y_ptrs, mask=(offs_n < m)[:, None] & (offs_out < d)[None, :], other=0.0)
         total = multiply_add(h.to(y_tile.dtype), y_tile, total, PRECISION)

@@ -15,7 +15,7 @@ SMALLEST_SCALE = tl.constexpr(1e-30)
 # In log2 units: below it one shift serves a whole tile, for then the smallest exponential is a normal number.
 MAX_SPREAD = tl.constexpr(100.0)
 
-STRIP = tl.constexpr(16)  # rows of a tile of a wide range at a time
+STRIP = tl.constexpr(16)  # rows at a time of a tile that goes through memory
 
 
 @triton.jit
