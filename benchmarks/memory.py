@@ -56,21 +56,20 @@ def measure(name: str, n: int) -> dict[str, int]:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def step(n: int) -> None:
+    def step(n: int) -> int:
         x, y = (normalize(torch.randn(n, WIDTH), dim=1).requires_grad_() for _ in range(2))
         logit_scale = torch.tensor(14.3, requires_grad=True)
         saved.clear()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present resident set
-        nonlocal before
         before = _status_bytes("VmRSS")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = LOSSES[name](x, y, logit_scale)
-        loss.backward()
+        torch.autograd.backward(loss)
+        return _status_bytes("VmHWM") - before
 
-    before = 0
     step(64)  # threads, libraries and their buffers
-    step(n)
-    return {"saved_bytes": sum(saved.values()), "peak_bytes": _status_bytes("VmHWM") - before}
+    peak = step(n)
+    return {"saved_bytes": sum(saved.values()), "peak_bytes": peak}
 
 
 def _status_bytes(field: str) -> int:
