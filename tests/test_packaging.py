@@ -43,7 +43,8 @@ def run_installed(target: Path) -> str:
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    subprocess.run([sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT], check=True, capture_output=True)
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
     (path,) = folder.glob("clipfast-*.tar.gz")
     return path
 
