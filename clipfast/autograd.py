@@ -20,8 +20,8 @@ from clipfast.problem import accumulation_dtype, statistics_dtype
 def margins(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:  # [n], [m], [n] -> [n], [n]
     """z - p of both directions: the negatives' logsumexp less the positive logit.
 
-    The cross-entropy of a row is -log(e^p / (e^p + e^z)) = softplus(z - p) and its derivative is sigmoid(z - p). In this
-    form both keep their relative precision however small they get.
+    The cross-entropy of a row is -log(e^p / (e^p + e^z)) = softplus(z - p) and its derivative is sigmoid(z - p). In
+    this form both keep their relative precision however small they get.
     """
 
     def margin(negatives: Tensor) -> Tensor:
@@ -50,8 +50,34 @@ def symmetric_cross_entropy_weights(
     return row_weight, col_weight, -(row_weight + own_col_weight)
 
 
+def smoothing_term(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, positive: Tensor) -> Tensor:
+    """What smoothed labels add to the loss per unit: the mean positive logit less the mean logit of both directions.
+
+    Means of logits need the mean features alone.
+    """
+    mean_x, mean_y = _mean_features(x, y)
+    return positive.mean() - scale * (mean_x * mean_y).sum() - bias
+
+
+def _add_smoothing_gradients(
+    weight: Tensor,  # []
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    scale: Tensor,  # []
+    dx: Tensor,  # [n, d], added to
+    dy: Tensor,  # [m, d], added to
+) -> Tensor:  # []
+    """Add weight times the gradients of `smoothing_term` to dx and dy, and return what dscale gets."""
+    n, m = x.shape[0], y.shape[0]
+    mean_x, mean_y = _mean_features(x, y)
+    dx += weight * scale / n * (y[:n] - mean_y)
+    dy -= weight * scale / (2 * m) * mean_x
+    dy[:n] += weight * scale / n * (x - mean_x / 2)
+    own = (x.to(mean_x.dtype) * y[:n]).sum() / n
+    return weight * (own - (mean_x * mean_y).sum())
+
+
 def _mean_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, d], [m, d] -> [d], [d]
-    """What both directions' mean logits need: scale * mean_x . mean_y + bias is their mean."""
     n, accumulator = x.shape[0], accumulation_dtype(x.dtype)
     mean_y = (y.mean(dim=0, dtype=accumulator) + y[:n].mean(dim=0, dtype=accumulator)) / 2
     return x.mean(dim=0, dtype=accumulator), mean_y
@@ -73,9 +99,7 @@ def contrastive_loss(
         row_lse, col_lse, positive = dispatch.get(backend).forward(x, y, scale, bias, 0)
         loss = symmetric_cross_entropy(row_lse, col_lse, positive)
         if label_smoothing:
-            # Smoothed labels replace a part of the positive logit by the mean logit.
-            mean_x, mean_y = _mean_features(x, y)
-            loss = loss + label_smoothing * (positive.mean() - scale * (mean_x * mean_y).sum() - bias)
+            loss = loss + label_smoothing * smoothing_term(x, y, scale, bias, positive)
         return loss.to(scale.dtype), row_lse, col_lse, positive
 
 
@@ -93,26 +117,16 @@ def contrastive_loss_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
     with torch.autocast(x.device.type, enabled=False):
-        n, m = x.shape[0], y.shape[0]
         row_weight, col_weight, positive_weight = (
             gradient * weight for weight in symmetric_cross_entropy_weights(row_lse, col_lse, positive)
         )
-        if label_smoothing:
-            smoothing = label_smoothing * gradient
-            positive_weight = positive_weight + smoothing / n
         dx, dy, dscale = dispatch.get(backend).backward(
             x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, 0
         )
         # db = sum_ij G_ij, and each exp(L_ij - lse) sums to 1 over its row or column.
         dbias = row_weight.sum() + col_weight.sum() + positive_weight.sum()
         if label_smoothing:
-            mean_x, mean_y = _mean_features(x, y)
-            dx -= smoothing * scale / n * mean_y
-            share = smoothing * scale / 2 * mean_x
-            dy -= share / m
-            dy[:n] -= share / n
-            dscale = dscale - smoothing * (mean_x * mean_y).sum()
-            dbias = dbias - smoothing
+            dscale = dscale + _add_smoothing_gradients(label_smoothing * gradient, x, y, scale, dx, dy)
         return dx, dy, dscale, dbias.to(bias.dtype)
 
 
