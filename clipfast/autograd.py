@@ -70,9 +70,10 @@ def _add_smoothing_gradients(
     """Add weight times the gradients of `smoothing_term` to dx and dy, and return what dscale gets."""
     n, m = x.shape[0], y.shape[0]
     mean_x, mean_y = _mean_features(x, y)
+    share = mean_x / (2 * m)  # of every text in the images' mean logit
     dx += weight * scale / n * (y[:n] - mean_y)
-    dy -= weight * scale / (2 * m) * mean_x
-    dy[:n] += weight * scale / n * (x - mean_x / 2)
+    dy[:n] += weight * scale * ((x - mean_x / 2) / n - share)
+    dy[n:] -= weight * scale * share
     own = (x.to(mean_x.dtype) * y[:n]).sum() / n
     return weight * (own - (mean_x * mean_y).sum())
 
