@@ -7,6 +7,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo.stamp
+	rm -rf runs/demo
 	$(BIN)/python -m clipfast.train --out runs/demo
 
 test: $(VENV)/test.stamp

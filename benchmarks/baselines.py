@@ -114,7 +114,8 @@ def inf_cl() -> Loss:
     def loss(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
         head_dim = math.gcd(x.shape[1], 256)
         one, other = (flash_loss(a, b, scale=s, head_dim=head_dim) for a, b in ((x, y), (y, x)))
-        return (one + other).mean() / 2
+        result: Tensor = (one + other).mean() / 2
+        return result
 
     return loss
 
