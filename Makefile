@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo.stamp
+	rm -rf runs/demo
 	$(BIN)/python -m clipfast.train --out runs/demo
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m benchmarks run
+	$(BIN)/python -m benchmarks report
 
 lint: $(VENV)/dev.stamp
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files

@@ -1,7 +1,8 @@
-"""The block statistics as a differentiable PyTorch operator: visible to torch.compile, checked by opcheck.
+"""The loss as one differentiable PyTorch operator: visible to torch.compile, checked by opcheck, few calls at small n.
 
-What a backend computes and the symbols are in clipfast/backends/__init__.py. The operator's backward pass recomputes
-the logits; it saves x, y and the two logsumexps, O((n + m) d).
+The forward pass takes a backend's block statistics (clipfast/backends/__init__.py) and makes the loss of them; the
+backward pass makes their weights and hands them to the backend, which recomputes the logits. Saved for it are x, y and
+vectors over the batch: O((n + m) d) bytes.
 """
 
 from __future__ import annotations
@@ -10,92 +11,151 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from clipfast import dispatch
-from clipfast.problem import positive_rows, statistics_dtype
+from clipfast.problem import accumulation_dtype, statistics_dtype
 
 
-@torch.library.custom_op("clipfast::block_statistics", mutates_args=())
-def block_statistics(
+def margins(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:  # [n], [m], [n] -> [n], [n]
+    """z - p of both directions: the negatives' logsumexp less the positive logit.
+
+    The cross-entropy of a row is -log(e^p / (e^p + e^z)) = softplus(z - p) and its derivative is sigmoid(z - p). In
+    this form both keep their relative precision however small they get.
+    """
+
+    def margin(negatives: Tensor) -> Tensor:
+        # A logit of +inf makes the dense formula NaN (inf - inf); 0 * inf brings that NaN back.
+        infinite = 0 * (negatives.clamp(min=0) + positive.clamp(min=0))
+        return negatives - positive + infinite
+
+    return margin(row_lse), margin(col_lse[: positive.shape[0]])
+
+
+def symmetric_cross_entropy(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> Tensor:  # [n], [m], [n] -> []
+    """Mean cross-entropy of both directions."""
+    image_to_text, text_to_image = (-logsigmoid(-margin) for margin in margins(row_lse, col_lse, positive))
+    return (image_to_text + text_to_image).mean() / 2
+
+
+def symmetric_cross_entropy_weights(
+    row_lse: Tensor,  # [n]
+    col_lse: Tensor,  # [m]
+    positive: Tensor,  # [n]
+) -> tuple[Tensor, Tensor, Tensor]:  # [n], [m], [n]
+    """The derivatives of the symmetric cross-entropy by row_lse, col_lse and positive."""
+    n = positive.shape[0]
+    row_weight, own_col_weight = (margin.sigmoid() / (2 * n) for margin in margins(row_lse, col_lse, positive))
+    col_weight = torch.nn.functional.pad(own_col_weight, (0, col_lse.shape[0] - n))
+    return row_weight, col_weight, -(row_weight + own_col_weight)
+
+
+def smoothing_term(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, positive: Tensor) -> Tensor:
+    """What smoothed labels add to the loss per unit: the mean positive logit less the mean logit of both directions.
+
+    Means of logits need the mean features alone.
+    """
+    mean_x, mean_y = _mean_features(x, y)
+    return positive.mean() - scale * (mean_x * mean_y).sum() - bias
+
+
+def _add_smoothing_gradients(
+    weight: Tensor,  # []
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
     scale: Tensor,  # []
+    dx: Tensor,  # [n, d], added to
+    dy: Tensor,  # [m, d], added to
+) -> Tensor:  # []
+    """Add weight times the gradients of `smoothing_term` to dx and dy, and return what dscale gets."""
+    n, m = x.shape[0], y.shape[0]
+    mean_x, mean_y = _mean_features(x, y)
+    share = mean_x / (2 * m)  # of every text in the images' mean logit
+    dx += weight * scale / n * (y[:n] - mean_y)
+    dy[:n] += weight * scale * ((x - mean_x / 2) / n - share)
+    dy[n:] -= weight * scale * share
+    own = (x.to(mean_x.dtype) * y[:n]).sum() / n
+    return weight * (own - (mean_x * mean_y).sum())
+
+
+def _mean_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, d], [m, d] -> [d], [d]
+    n, accumulator = x.shape[0], accumulation_dtype(x.dtype)
+    mean_y = (y.mean(dim=0, dtype=accumulator) + y[:n].mean(dim=0, dtype=accumulator)) / 2
+    return x.mean(dim=0, dtype=accumulator), mean_y
+
+
+@torch.library.custom_op("clipfast::contrastive_loss", mutates_args=())
+def contrastive_loss(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d], m >= n
+    scale: Tensor,  # []
     bias: Tensor,  # []
-    diag_offset: int,
+    label_smoothing: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [n], col_lse [m], positive [n]
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor
+]:  # loss [], row_lse [n], col_lse [m], positive [n]; only the loss has a gradient
     # Autocast would round the logits to half precision.
     with torch.autocast(x.device.type, enabled=False):
-        row_lse, col_lse, positive = dispatch.get(backend).forward(x, y, scale, bias, diag_offset)
-    return row_lse, col_lse, positive
+        row_lse, col_lse, positive = dispatch.get(backend).forward(x, y, scale, bias, 0)
+        loss = symmetric_cross_entropy(row_lse, col_lse, positive)
+        if label_smoothing:
+            loss = loss + label_smoothing * smoothing_term(x, y, scale, bias, positive)
+        return loss.to(scale.dtype), row_lse, col_lse, positive
 
 
-@torch.library.custom_op("clipfast::block_statistics_backward", mutates_args=())
-def block_statistics_backward(
+@torch.library.custom_op("clipfast::contrastive_loss_backward", mutates_args=())
+def contrastive_loss_backward(
+    gradient: Tensor,  # []
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
     scale: Tensor,  # []
     bias: Tensor,  # []
     row_lse: Tensor,  # [n]
     col_lse: Tensor,  # [m]
-    row_weight: Tensor,  # [n]
-    col_weight: Tensor,  # [m]
-    positive_weight: Tensor,  # [n]
-    diag_offset: int,
+    positive: Tensor,  # [n]
+    label_smoothing: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale []
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
     with torch.autocast(x.device.type, enabled=False):
-        dx, dy, dscale = dispatch.get(backend).backward(
-            x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, diag_offset
+        row_weight, col_weight, positive_weight = (
+            gradient * weight for weight in symmetric_cross_entropy_weights(row_lse, col_lse, positive)
         )
-    return dx, dy, dscale
+        dx, dy, dscale = dispatch.get(backend).backward(
+            x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, 0
+        )
+        # db = sum_ij G_ij, and each exp(L_ij - lse) sums to 1 over its row or column.
+        dbias = row_weight.sum() + col_weight.sum() + positive_weight.sum()
+        if label_smoothing:
+            dscale = dscale + _add_smoothing_gradients(label_smoothing * gradient, x, y, scale, dx, dy)
+        return dx, dy, dscale, dbias.to(bias.dtype)
 
 
-@block_statistics.register_fake
+@contrastive_loss.register_fake
 def _(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, label_smoothing: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row_lse, col_lse, positive = (
         x.new_empty(size, dtype=statistics_dtype(x.device)) for size in (x.shape[0], y.shape[0], x.shape[0])
     )
-    return row_lse, col_lse, positive
+    return scale.new_empty(()), row_lse, col_lse, positive
 
 
-@block_statistics_backward.register_fake
-def _(x: Tensor, y: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty(())
+@contrastive_loss_backward.register_fake
+def _(gradient: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty(()), bias.new_empty(())
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, y, scale, bias, ctx.diag_offset, ctx.backend = inputs
-    row_lse, col_lse, _ = output
-    ctx.save_for_backward(x, y, scale, bias, row_lse, col_lse)
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, scale, bias, ctx.label_smoothing, ctx.backend = inputs
+    _, *statistics = output
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(x, y, scale, bias, *statistics)
 
 
-def _backward(
-    ctx: Any,
-    row_weight: Tensor,  # [n], dloss/drow_lse
-    col_weight: Tensor,  # [m], dloss/dcol_lse
-    positive_weight: Tensor,  # [n], dloss/dpositive
-) -> tuple[Tensor | None, ...]:
-    x, y, scale, bias, row_lse, col_lse = ctx.saved_tensors
-    dx, dy, dscale = block_statistics_backward(
-        x,
-        y,
-        scale,
-        bias,
-        row_lse,
-        col_lse,
-        row_weight,
-        col_weight,
-        positive_weight,
-        ctx.diag_offset,
-        ctx.backend,
-    )
-    # db = sum_ij G_ij, and each exp(L_ij - lse) sums to 1 over its row or column.
-    first, last = positive_rows(x.shape[0], y.shape[0], ctx.diag_offset)
-    dbias = row_weight.sum() + col_weight.sum() + positive_weight[first:last].sum()
-    return dx, dy, dscale, dbias.to(bias.dtype), None, None
+def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = contrastive_loss_backward(gradient, *ctx.saved_tensors, ctx.label_smoothing, ctx.backend)
+    return *gradients, None, None
 
 
 def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
@@ -105,5 +165,5 @@ def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
     )
 
 
-block_statistics.register_autograd(_backward, setup_context=_save_for_backward)
-block_statistics_backward.register_autograd(_refuse_double_backward)
+contrastive_loss.register_autograd(_backward, setup_context=_save_for_backward)
+contrastive_loss_backward.register_autograd(_refuse_double_backward)

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from clipfast import dispatch
-from clipfast.autograd import block_statistics
+from clipfast import autograd, dispatch
 from clipfast.problem import DTYPES, Problem, accumulation_dtype
 
 GRAD_REDUCTIONS = ("mean", "sum")
@@ -80,52 +78,14 @@ def contrastive_loss(
 
     if normalize:
         x, y = l2_normalize(x), l2_normalize(y)
-    row_lse, col_lse, positive = block_statistics(x, y, scale, bias, 0, backend)
-    loss = symmetric_cross_entropy(row_lse, col_lse, positive)
-    if label_smoothing:
-        loss = loss + label_smoothing * _smoothing(x, y, scale, bias, positive)
-    return loss.to(accumulator)
-
-
-def symmetric_cross_entropy(
-    row_lse: Tensor,  # [n], over each row's negatives
-    col_lse: Tensor,  # [m], over each column's negatives
-    positive: Tensor,  # [n]
-) -> Tensor:  # 0-D
-    """Mean cross-entropy of both directions from the block statistics."""
-    image_to_text = _cross_entropy(positive, row_lse)
-    text_to_image = _cross_entropy(positive, col_lse[: positive.shape[0]])
-    return (image_to_text.mean() + text_to_image.mean()) / 2
-
-
-def _cross_entropy(positive: Tensor, negatives_lse: Tensor) -> Tensor:  # [n], [n] -> [n]
-    """-log softmax of the positive p with the logsumexp z of its negatives: log(1 + exp(z - p)).
-
-    In this form the loss, and its gradient sigmoid(z - p), keep their relative precision however small they get.
-    """
-    # A logit of +inf makes the dense formula NaN (inf - inf); 0 * inf brings that NaN back.
-    infinite = 0 * (positive.clamp(min=0) + negatives_lse.clamp(min=0))
-    return -logsigmoid(positive - negatives_lse + infinite)
+    loss: Tensor = autograd.contrastive_loss(x, y, scale, bias, label_smoothing, backend)[0]
+    return loss
 
 
 def l2_normalize(features: Tensor) -> Tensor:
     """Rows of length 1 in the features' dtype, with norms in the accumulation dtype; a zero row stays zero."""
     norms: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=accumulation_dtype(features.dtype))
     return (features / norms.clamp_min(1e-12)).to(features.dtype)
-
-
-def _smoothing(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    positive: Tensor,  # [n]
-) -> Tensor:  # 0-D
-    """What label smoothing adds per unit: mean positive minus mean logit. Means of logits need only mean features."""
-    n, accumulator = x.shape[0], scale.dtype
-    mean_x = x.mean(dim=0, dtype=accumulator)
-    mean_y = (y.mean(dim=0, dtype=accumulator) + y[:n].mean(dim=0, dtype=accumulator)) / 2
-    return positive.mean() - (scale * (mean_x * mean_y).sum() + bias)
 
 
 def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

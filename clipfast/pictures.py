@@ -55,8 +55,8 @@ def plot_loss(
         for k, color in ((10, HELD_OUT), (5, TRAINING), (1, RIGHT)):
             values = [100 * row[f"{direction}_R@{k}"] for row in history]
             recall.plot(epochs, values, style, color=color, label=f"R@{k} {direction.replace('_', ' ')}")
-    recall.set(title="held-out recall, %", xlabel="epoch", ylim=(0, None))
-    recall.legend(frameon=False, fontsize=8, loc="upper left")
+    recall.set(title="held-out recall, %", xlabel="epoch", ylim=(0, 1.35 * recall.dataLim.ymax + 1))
+    recall.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
     scale.plot(epochs, [row["logit_scale"] for row in history], color=TEXT)
     scale.set(title="logit scale exp(t)", xlabel="epoch")
     for axes in (loss, recall, scale):

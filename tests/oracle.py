@@ -52,11 +52,18 @@ def truth(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any)
     )
 
 
-def same_dtype(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> Result:
+def same_dtype(
+    x: Tensor,
+    y: Tensor,
+    scale: float,
+    bias: float = 0.0,
+    formula: Callable[..., Tensor] = reference.contrastive_loss,
+    **options: Any,
+) -> Result:
     """The dense formula as eager PyTorch computes it in the inputs' own dtype."""
     promoted = torch.promote_types(x.dtype, y.dtype)
     return evaluate(
-        lambda x, y, s, b, **o: reference.contrastive_loss(x.to(promoted), y.to(promoted), s, b, **o),
+        lambda x, y, s, b, **o: formula(x.to(promoted), y.to(promoted), s, b, **o),
         x,
         y,
         scale,
@@ -75,7 +82,16 @@ def error(value: Tensor, exact: Tensor) -> float:
     return (value.double() - exact.double()).abs().max().item()
 
 
-def assert_three_way(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> None:
+def assert_three_way(
+    x: Tensor,
+    y: Tensor,
+    scale: float,
+    bias: float = 0.0,
+    *,
+    backend: str,
+    formula: Callable[..., Tensor] = reference.contrastive_loss,
+    **options: Any,
+) -> None:
     """err(clipfast) <= 2 err(PyTorch, same dtype) + eps, for loss, dx, dy, dscale and dbias.
 
     eps is two roundings of the result in its own dtype, and what unavoidable roundings in the accumulation dtype do.
@@ -86,9 +102,8 @@ def assert_three_way(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **op
     where all logits are alike. In float64 there is no truer truth: two computations of one formula are compared, within
     8 eps.
     """
-    backend = options.pop("backend", "auto")
     exact = truth(x, y, scale, bias, **options)
-    dense = same_dtype(x, y, scale, bias, **options)
+    dense = same_dtype(x, y, scale, bias, formula, **options)
     got = ours(x, y, scale, bias, backend=backend, **options)
     accumulator = accumulation_dtype(torch.promote_types(x.dtype, y.dtype))
     length = max(1.0, x.double().norm(dim=1).max().item(), y.double().norm(dim=1).max().item())

@@ -1,0 +1,66 @@
+"""`python -m benchmarks [run | report | memory]`: measure, draw, and put the figures into README.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import compare, environment, memory, report
+from benchmarks.cases import DTYPES, Case
+from benchmarks.run import Runner
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.base:
+        compare.print_ratios(options.base, options.n or [1024, 4096], options.d or [512], options.dtype)
+        return
+    path = options.out
+    if path is None:
+        name = environment.describe(options.device)["device"]
+        path = environment.RESULTS / environment.file_name(name, torch.get_num_threads())
+    cases = []
+    if options.n or options.d:
+        cases = [
+            Case(dtype, n, d, scale)
+            for n in options.n or [4096]
+            for d in options.d or [512]
+            for dtype in options.dtype
+            for scale in options.scale
+        ]
+    runner = Runner(options.device, path, options.budget, cases, options.only)
+    runner.run(tqdm.write)
+    print(f"written: {path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    measure = commands.add_parser("run", help="time every candidate; goes on with an unfinished result file")
+    measure.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    measure.add_argument("--budget", type=float, default=780, metavar="SECONDS", help="default: %(default)s")
+    measure.add_argument("--out", type=Path, help="result file; default: benchmarks/results/<device>.json")
+    measure.add_argument("--n", type=int, nargs="+", help="batch sizes; default: the whole grid")
+    measure.add_argument("--d", type=int, nargs="+", help="widths; default: the whole grid")
+    measure.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=tuple(DTYPES))
+    measure.add_argument("--scale", type=float, nargs="+", default=[14.3])
+    measure.add_argument("--only", default="", metavar="NAME", help="only candidates whose name holds this text")
+    measure.add_argument("--base", metavar="REF", help="time the working tree against a git revision instead")
+    measure.set_defaults(call=run)
+    draw = commands.add_parser("report", help="plots, and README.md's tables, from the committed results")
+    draw.set_defaults(call=lambda options: report.main())
+    bytes_ = commands.add_parser("memory", help="memory of the loss against the batch size, for README.md")
+    bytes_.set_defaults(call=lambda options: memory.main())
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or (given[0].startswith("--") and given[0] != "--help"):
+        given.insert(0, "run")
+    options = parser.parse_args(given)
+    options.call(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""README.md's tables and the plots, from the committed result files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks import environment, memory
+
+WIDTH, SCALE = 512, 14.3  # of the tables and the plots
+# Colour-blind safe (Okabe and Ito 2008); clipfast in the darkest two, thick.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#999999", "#882255", "#F0E442")
+MARKERS = "osv^D<>pPX"
+
+
+def load() -> list[dict[str, Any]]:
+    """All speed results, one for each device."""
+    paths = sorted(environment.RESULTS.glob("*.json"))
+    return [json.loads(path.read_text()) for path in paths if not path.name.startswith(("memory-", "compile-"))]
+
+
+def speed_table(result: dict[str, Any]) -> str:
+    """Milliseconds and P of forward and backward: a table for each dtype, candidates by batch sizes."""
+    parts = []
+    for dtype in ("float32", "bfloat16"):
+        rows = [row for row in _main_line(result) if row["dtype"] == dtype]
+        sizes = sorted({row["n"] for row in rows})
+        parts += [
+            f"{dtype}, d = {WIDTH}, forward and backward, ms (P):",
+            "",
+            f"| | {' | '.join(f'n = {n}' for n in sizes)} |",
+            f"|---|{'---:|' * len(sizes)}",
+        ]
+        for name in dict.fromkeys(row["candidate"] for row in rows):
+            cells = {row["n"]: _cell(row) for row in rows if row["candidate"] == name}
+            if any(cell != "" for cell in cells.values()):
+                parts.append(f"| {name} | {' | '.join(cells.get(n, '') for n in sizes)} |")
+        parts.append("")
+    parts.append(
+        "1 P is one `torch.mm` of the same shape and dtype in the same rounds; an exact loss that stores no logits "
+        "takes at least 4 P. Medians of interleaved rounds; an empty cell did not fit the budget. "
+        f"{environment.credit(result)}."
+    )
+    return "\n".join(parts)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if row["status"] == "wrong":
+        return f"wrong: {row['reason']}"
+    if row["status"] != "ok":
+        return ""
+    milliseconds = 1e3 * row["total"]["median"]
+    return f"{milliseconds:,.{0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2}f} ({row['products']:.1f})"
+
+
+def _main_line(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if (row["d"], row["scale"]) == (WIDTH, SCALE)]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Time, share of the limit and peak memory against the batch size, one row of panels for each dtype."""
+    rows = [row for row in _main_line(result) if row["status"] == "ok" and row["dtype"] != "float16"]
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+    panels: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+        ("forward + backward, ms", lambda row: 1e3 * row["total"]["median"]),
+        ("share of the limit (4 P / P), %", lambda row: 100 * row["share_of_limit"]),
+        ("peak extra memory, MiB", lambda row: max(row["peak_bytes"], 2**18) / 2**20),
+    )
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    for axes_row, dtype in zip(figure.subplots(2, len(panels)), ("float32", "bfloat16"), strict=True):
+        for axes, (title, value) in zip(axes_row, panels, strict=True):
+            for index, name in enumerate(names):
+                line = sorted((r["n"], value(r)) for r in rows if r["candidate"] == name and r["dtype"] == dtype)
+                axes.plot(
+                    [n for n, _ in line],
+                    [v for _, v in line],
+                    color=COLORS[index % len(COLORS)],
+                    marker=MARKERS[index % len(MARKERS)],
+                    linewidth=2.5 if name.startswith("clipfast") else 1.2,
+                    markersize=5,
+                    label=name,
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_title(f"{title}, {dtype}", fontsize=11)
+            axes.set_xlabel("n")
+            axes.grid(which="major", color="#e3e6e8")
+            axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    figure.suptitle(f"{result['device']}, {result['threads']} threads, d = {WIDTH}, {result['date']}", fontsize=12)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110, facecolor="white")
+
+
+def blocks() -> dict[str, str]:
+    """The README's marked blocks by name."""
+    return {"memory": memory.table(memory.load()), "speed": "\n\n".join(speed_table(result) for result in load())}
+
+
+def with_blocks(readme: str, contents: dict[str, str]) -> str:
+    """The README's text with each block between its markers.
+
+    Raises:
+        ValueError: a block has no markers.
+    """
+    for name, content in contents.items():
+        begin, end = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
+        if begin not in readme or end not in readme:
+            raise ValueError(f"README.md: has no {begin} ... {end}; the block {name!r} goes between these two lines")
+        head, _, rest = readme.partition(begin)
+        readme = f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
+    return readme
+
+
+def main() -> None:
+    for result in load():
+        name = environment.file_name(result["device"], result["threads"])
+        plot(result, (environment.RESULTS / name).with_suffix(".png"))
+    readme = environment.ROOT / "README.md"
+    readme.write_text(with_blocks(readme.read_text(), blocks()))

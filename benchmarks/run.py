@@ -1,0 +1,271 @@
+"""Time all candidates on all cases within a budget, each checked before its time counts; the result is a JSON file.
+
+Rounds are interleaved: each round times every candidate and the GEMM once, in rotating order, so that a slow spell of
+the machine hits all alike. P is a candidate's median time over the median of torch.mm [n, d] x [d, n] in them.
+The file is written after every case and is whole at any moment; a later run with the same setting goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clipfast
+from benchmarks import environment
+from benchmarks.baselines import Candidate, Loss, candidates
+from benchmarks.cases import Case, grid, inputs
+from clipfast import reference
+
+FORWARD_PRODUCTS, PRODUCTS = 1, 4  # the least an exact loss without stored logits can do
+MOST_ROUNDS, FEWEST_ROUNDS = 30, 3
+SECONDS_PER_CANDIDATE = 1.5  # of timed rounds, where the fewest rounds take less
+DENSE_TRUTH_ROWS = 4096
+# Relative error of the loss and, in the Frobenius norm, of the gradients, beyond which a result is called wrong.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+
+
+@dataclass
+class Runner:
+    """One run over a list of cases.
+
+    Args:
+        device: "cpu" or "cuda".
+        path: of the result file.
+        budget: seconds for the whole run; what does not fit is skipped with its reason.
+        cases: what to measure, most telling first.
+        only: part of a candidate's name; others are left out.
+    """
+
+    device: str
+    path: Path
+    budget: float
+    cases: list[Case] = field(default_factory=list)
+    only: str = ""
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        self.cases = self.cases or grid(self.device)
+        self.candidates = [c for c in candidates(self.device) if self.only in c.name]
+        self.memory = environment.memory_bytes(self.device)
+        # The largest n so far of each candidate and dtype, and its seconds per n*n*d, to foresee what a case takes.
+        self.pace: dict[tuple[str, str], tuple[int, float]] = {}
+        self.result = environment.describe(self.device) | {"rows": []}
+        if self.path.exists():
+            self._resume(json.loads(self.path.read_text()))
+
+    def _resume(self, before: dict[str, Any]) -> None:
+        same = all(before[key] == self.result[key] for key in ("device", "threads", "versions", "commit"))
+        if not same or before["uncommitted_changes"] or self.result["uncommitted_changes"]:
+            return
+        self.result = before
+        for row in before["rows"]:
+            if row["status"] == "ok":
+                self._note_pace(row["candidate"], _case(row), row["total"]["median"])
+
+    def _note_pace(self, name: str, case: Case, seconds: float) -> None:
+        key = (name, case.dtype)
+        if case.n >= self.pace.get(key, (0, 0.0))[0]:
+            self.pace[key] = (case.n, seconds / (case.n**2 * case.d))
+
+    def run(self, report: Callable[[str], None]) -> dict[str, Any]:
+        """Measure what is not in the file yet; `report` gets a line for each row."""
+        done = {_case(row) for row in self.result["rows"]}
+        for case in self.cases:
+            if case in done:
+                report(f"{case}: already in {self.path.name}")
+                continue
+            left = self.budget - (time.monotonic() - self.started)
+            if left <= 0:
+                report(f"{case}: not run, the budget of {self.budget:.0f} s is spent")
+                continue
+            rows = self._measure(case, left)
+            self.result["rows"] += rows
+            environment.write_whole(self.path, self.result)
+            for row in rows:
+                report(line(row))
+        return self.result
+
+    def _measure(self, case: Case, left: float) -> list[dict[str, Any]]:
+        """The rows of one case: those that were timed, then those that were not."""
+        sets = inputs(case, self.device)
+        exact = None
+        ready: dict[str, Loss] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        for candidate in self.candidates:
+            row = rows[candidate.name] = {"candidate": candidate.name, **case.as_dict(), "status": "skipped"}
+            if reason := candidate.reason(case, self.device, self.memory) or self._too_slow(candidate, case, left):
+                row["reason"] = reason
+                continue
+            exact = exact or truth(case, self.device)
+            try:
+                loss = candidate.loss()
+                row |= check(loss, candidate, case, exact, self.device)
+            except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError, AssertionError) as error:
+                row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+                continue
+            if row["status"] == "ok":
+                ready[candidate.name] = loss
+        self._time(ready, rows, case, sets)
+        return list(rows.values())
+
+    def _too_slow(self, candidate: Candidate, case: Case, left: float) -> str:
+        """The reason, if its calls (check, warm-up, fewest rounds) would take more than a fair share of the budget."""
+        pace = self.pace.get((candidate.name, case.dtype), (0, 0.0))[1]
+        seconds = pace * case.n**2 * case.d * (FEWEST_ROUNDS + 3)
+        limit = min(left / 3, self.budget / 24)
+        return f"would take {seconds:.0f} s, of {limit:.0f} s for one row" if seconds > limit else ""
+
+    def _time(
+        self,
+        losses: dict[str, Loss],
+        rows: dict[str, dict[str, Any]],
+        case: Case,
+        sets: Iterator[tuple[Tensor, Tensor, Tensor]],
+    ) -> None:
+        """Fill in the times of interleaved rounds, P, and the share of the limit."""
+        timed: dict[str, list[tuple[float, float]]] = {name: [] for name in losses}
+        gemms: list[float] = []
+        slowest = 0.0
+        for name, loss in losses.items():
+            slowest = max(slowest, once(loss, *next(sets), self.device)[1])
+            rows[name]["peak_bytes"] = peak(loss, *next(sets), self.device)
+        gemm(*next(sets), self.device)
+        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_PER_CANDIDATE / max(slowest, 1e-6))))
+        names = list(losses)
+        for turn in range(rounds):
+            for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
+                timed[name].append(once(losses[name], *next(sets), self.device))
+            gemms.append(gemm(*next(sets), self.device))
+        for name, times in timed.items():
+            unit = statistics.median(gemms)
+            total = statistics.median(t for _, t in times)
+            forward = statistics.median(t for t, _ in times)
+            self._note_pace(name, case, total)
+            rows[name] |= {
+                "rounds": rounds,
+                "forward": spread([t for t, _ in times]),
+                "total": spread([t for _, t in times]),
+                "gemm": spread(gemms),
+                "products_forward": forward / unit,
+                "products": total / unit,
+                "share_of_limit": PRODUCTS * unit / total,
+            }
+            if self.device == "cuda":
+                rows[name]["tflops"] = 2 * PRODUCTS * case.n**2 * case.d / total / 1e12
+
+
+def truth(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, dx, dy, dscale of the first input set, in float64.
+
+    By the dense reference up to n = 4096, by clipfast's `torch` backend beyond, which the tests judge against it.
+    """
+    x, y, s = (t.detach().double().requires_grad_() for t in next(inputs(case, device)))
+    if case.n <= DENSE_TRUTH_ROWS:
+        loss = reference.contrastive_loss(x, y, s)
+    else:
+        loss = clipfast.contrastive_loss(x, y, s, backend="torch")
+    dx, dy, dscale = torch.autograd.grad(loss, (x, y, s))
+    return loss.detach(), dx, dy, dscale
+
+
+def check(
+    loss: Loss, candidate: Candidate, case: Case, exact: tuple[Tensor, Tensor, Tensor, Tensor], device: str
+) -> dict[str, Any]:
+    """The candidate's errors on the first input set, relative to the truth, and whether they are those of its dtype."""
+    x, y, s = next(inputs(case, device))
+    value = loss(x, y, s)
+    torch.autograd.backward(value)
+    got = {"loss": value, "dx": x.grad, "dy": y.grad}
+    expected = dict(zip(("loss", "dx", "dy", "dscale"), exact, strict=True))
+    if candidate.scale_gradient:
+        got["dscale"] = s.grad
+    errors: dict[str, float] = {}
+    for name, tensor in got.items():
+        if tensor is None:
+            return {"status": "wrong", "reason": f"has no gradient {name}"}
+        errors[name] = ((tensor.double() - expected[name]).norm() / expected[name].norm()).item()
+    worst = max(errors, key=lambda name: errors[name])
+    # Written so that a NaN is wrong.
+    if not errors[worst] <= TOLERANCE[case.dtype] or any(error != error for error in errors.values()):
+        return {"status": "wrong", "errors": errors, "reason": f"error of {worst}: {errors[worst]:.2g}"}
+    return {"status": "ok", "errors": errors}
+
+
+def once(loss: Loss, x: Tensor, y: Tensor, s: Tensor, device: str) -> tuple[float, float]:
+    """Seconds of forward, and of forward and backward."""
+    if device == "cuda":
+        marks = _events(3)
+        marks[0].record()
+        value = loss(x, y, s)
+        marks[1].record()
+        torch.autograd.backward(value)
+        marks[2].record()
+        torch.cuda.synchronize()
+        return marks[0].elapsed_time(marks[1]) / 1e3, marks[0].elapsed_time(marks[2]) / 1e3
+    begin = time.perf_counter()
+    value = loss(x, y, s)
+    middle = time.perf_counter()
+    torch.autograd.backward(value)
+    return middle - begin, time.perf_counter() - begin
+
+
+def _events(count: int) -> list[Any]:
+    make: Any = torch.cuda.Event
+    return [make(enable_timing=True) for _ in range(count)]
+
+
+def gemm(x: Tensor, y: Tensor, s: Tensor, device: str) -> float:
+    """Seconds of the product of the same shape and dtype."""
+    x, y = x.detach(), y.detach()
+    if device == "cuda":
+        marks = _events(2)
+        marks[0].record()
+        torch.mm(x, y.T)
+        marks[1].record()
+        torch.cuda.synchronize()
+        return float(marks[0].elapsed_time(marks[1])) / 1e3
+    begin = time.perf_counter()
+    torch.mm(x, y.T)
+    return time.perf_counter() - begin
+
+
+def peak(loss: Loss, x: Tensor, y: Tensor, s: Tensor, device: str) -> int:
+    """Peak extra bytes of forward and backward, gradients included."""
+    memory = environment.PeakMemory(device)
+    memory.start()
+    torch.autograd.backward(loss(x, y, s))
+    return memory.stop()
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    head = f"{_case(row)!s:<42} {row['candidate']:<36}"
+    if row["status"] != "ok":
+        return f"{head} {row['status']}: {row['reason']}"
+    total = row["total"]
+    cells = [
+        f"{1e3 * row['forward']['median']:>9.2f} ms fwd",
+        f"{1e3 * total['median']:>9.2f} ms fwd+bwd ({1e3 * total['min']:.2f}-{1e3 * total['max']:.2f})",
+        f"{row['products']:>6.1f} P",
+        f"{row['share_of_limit']:>5.0%} of the limit",
+        f"{row['peak_bytes'] / 2**20:>8.0f} MiB",
+    ]
+    if "tflops" in row:
+        cells.append(f"{row['tflops']:.0f} TFLOP/s")
+    return f"{head} {'  '.join(cells)}"
+
+
+def _case(row: dict[str, Any]) -> Case:
+    return Case(row["dtype"], row["n"], row["d"], row["scale"])

@@ -1,0 +1,215 @@
+"""The benchmark suite: a run end to end, wrong candidates, resuming, and a README that holds results alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import baselines, compare, environment, memory, report, run
+from benchmarks.__main__ import main
+from benchmarks.cases import Case, grid, inputs
+
+CASE = Case("float32", 64, 32)
+
+
+def runner(tmp_path: Path, budget: float = 60, cases: tuple[Case, ...] = (CASE,), only: str = "clipfast") -> run.Runner:
+    return run.Runner("cpu", tmp_path / "result.json", budget, list(cases), only)
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    main(
+        ["--n", "64", "--d", "32", "--scale", "14.3", "100", "--only", "formula", "--budget", "200", "--out", str(path)]
+    )
+    result = json.loads(path.read_text())
+    rows = {(row["candidate"], row["dtype"], row["scale"]): row for row in result["rows"]}
+    row = rows["open_clip formula", "float32", 14.3]
+    assert row["status"] == "ok"
+    assert row["total"]["min"] <= row["total"]["median"] <= row["total"]["max"]
+    assert row["forward"]["median"] < row["total"]["median"]
+    assert row["products"] == pytest.approx(row["total"]["median"] / row["gemm"]["median"])
+    assert row["share_of_limit"] == pytest.approx(4 / row["products"])
+    assert set(row["errors"]) == {"loss", "dx", "dy", "dscale"}
+    assert row["peak_bytes"] >= 0
+    assert rows["transformers formula, torch.compile", "bfloat16", 100.0]["status"] == "ok"
+    for key in ("device", "threads", "versions", "commit", "date", "command"):
+        assert result[key]
+    printed = capsys.readouterr().out
+    assert "of the limit" in printed
+    assert str(path) in printed
+
+
+def test_a_wrong_candidate_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_way(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(s * x @ y.T, torch.arange(len(x)))
+
+    monkeypatch.setattr(baselines, "OTHERS", (baselines.Candidate("clipfast, one way", lambda: one_way),))
+    rows = {row["candidate"]: row for row in runner(tmp_path).run(silent)["rows"]}
+    wrong = rows["clipfast, one way"]
+    assert wrong["status"] == "wrong"
+    assert "error of" in wrong["reason"]
+    assert "total" not in wrong
+    assert "wrong: error of" in run.line(wrong)
+    assert rows["clipfast torch"]["status"] == "ok"
+
+
+def test_a_candidate_that_cannot_run_shows_its_reason(tmp_path: Path) -> None:
+    rows = {row["candidate"]: row for row in runner(tmp_path, only="e").run(silent)["rows"]}
+    assert rows["memeff"]["status"] == "skipped"
+    assert rows["memeff"]["reason"] in ("memeff is not installed", "runs on cuda only")
+    huge = Case("float32", 10**6)
+    assert "needs about" in baselines.OTHERS[0].reason(huge, "cpu", 24 << 30)
+    half_only = next(c for c in baselines.OTHERS if c.name.startswith("cut-cross"))
+    assert half_only.reason(CASE, "cuda", 80 << 30) in (
+        "cut_cross_entropy is not installed",
+        "takes bfloat16, float16 only",
+    )
+
+
+def test_a_candidate_that_raises_shows_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> baselines.Loss:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(baselines, "OTHERS", (baselines.Candidate("clipfast, broken", broken),))
+    rows = {row["candidate"]: row for row in runner(tmp_path).run(silent)["rows"]}
+    assert rows["clipfast, broken"]["reason"] == "RuntimeError: no such kernel"
+
+
+def test_what_does_not_fit_the_budget_is_skipped(tmp_path: Path) -> None:
+    slow = runner(tmp_path, budget=60, cases=(Case("float32", 128, 32),))
+    slow.pace["clipfast torch", "float32"] = (1024, 1e-3)
+    rows = {row["candidate"]: row for row in slow.run(silent)["rows"] if "torch" in row["candidate"]}
+    assert "would take" in rows["clipfast torch"]["reason"]
+    assert runner(tmp_path / "other", budget=0).run(silent)["rows"] == []
+
+
+def test_a_killed_run_leaves_finished_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = environment.describe("cpu") | {"uncommitted_changes": False, "commit": "0123"}
+    monkeypatch.setattr(environment, "describe", lambda device: dict(described))
+    other = Case("float32", 32, 32)
+    first = runner(tmp_path, cases=(CASE, other))
+    measure = first._measure
+
+    def killed(case: Case, left: float) -> list[dict[str, Any]]:
+        if case == other:
+            raise KeyboardInterrupt
+        return measure(case, left)
+
+    monkeypatch.setattr(first, "_measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(silent)
+    left = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert {row["n"] for row in left} == {64}
+
+    lines: list[str] = []
+    rows = runner(tmp_path, cases=(CASE, other)).run(lines.append)["rows"]
+    assert rows[: len(left)] == left
+    assert {row["n"] for row in rows} == {64, 32}
+    assert any("already in result.json" in line for line in lines)
+
+    monkeypatch.setattr(environment, "describe", lambda device: described | {"commit": "4567"})
+    assert runner(tmp_path, cases=(other,)).run(silent)["rows"][0]["n"] == 32
+
+
+def test_the_truth_beyond_the_dense_one_agrees_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = run.truth(CASE, "cpu")
+    monkeypatch.setattr(run, "DENSE_TRUTH_ROWS", 1)
+    for a, b in zip(dense, run.truth(CASE, "cpu"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+def test_inputs_rotate_and_repeat() -> None:
+    first, again = inputs(CASE, "cpu"), inputs(CASE, "cpu")
+    assert torch.equal(next(first)[0], next(again)[0])
+    assert not torch.equal(next(first)[0], next(again)[0] * 0 + next(again)[0])
+
+
+def test_the_grid_covers_what_is_claimed() -> None:
+    for device, largest in (("cpu", 32768), ("cuda", 131072)):
+        cases = grid(device)
+        assert len(set(cases)) == len(cases)
+        assert {case.n for case in cases} >= {256, 512, 1024, 2048, 4096, 8192, 16384, largest}
+        assert {case.d for case in cases} == {256, 512, 768, 1024, 1280}
+        assert {case.scale for case in cases} == {14.3, 100.0}
+        assert {case.dtype for case in cases} == {"float32", "bfloat16", "float16"}
+
+
+def test_plots_and_tables_come_from_the_result(tmp_path: Path) -> None:
+    cases = tuple(Case(dtype, n) for dtype in ("float32", "bfloat16") for n in (32, 64))
+    result = runner(tmp_path, cases=cases, only="").run(silent)
+    report.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 20_000
+    table = report.speed_table(result)
+    row = next(r for r in result["rows"] if r["candidate"] == "clipfast torch" and r["n"] == 64)
+    assert f"{1e3 * row['total']['median']:.2f} ({row['products']:.1f})" in table
+    assert result["date"] in table
+
+
+def test_the_readme_holds_the_committed_results() -> None:
+    readme = (environment.ROOT / "README.md").read_text()
+    assert report.with_blocks(readme, report.blocks()) == readme
+
+
+def test_a_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"README.md: has no <!-- benchmarks:memory -->"):
+        report.with_blocks("# clipfast", {"memory": "a table"})
+
+
+@pytest.mark.parametrize("loss", memory.LOSSES)
+def test_memory_of_one_case(loss: str) -> None:
+    """The dense formula saves its logits, clipfast its inputs."""
+    n = 512
+    measured = memory.measure(loss, n)
+    input_bytes = 2 * n * memory.WIDTH * 4
+    if loss == "dense":
+        assert measured["saved_bytes"] > input_bytes + 2 * n * n * 4
+    else:
+        assert input_bytes <= measured["saved_bytes"] < 1.1 * input_bytes
+    assert measured["peak_bytes"] > 0
+
+
+def test_an_unknown_base_is_refused() -> None:
+    with pytest.raises(ValueError, match="--base: git knows no revision 'nowhere'"):
+        compare.export("nowhere", Path())
+
+
+def test_base_compares_two_installations(tmp_path: Path) -> None:
+    compare.install(environment.ROOT, tmp_path)
+    assert 0 < compare.seconds(tmp_path, 16, 8, "float32") < 1
+
+
+def test_the_chunked_gemm_baseline_is_right() -> None:
+    """Its Triton kernels through the interpreter, in small chunks."""
+    pytest.importorskip("triton")
+    program = """
+import torch
+from torch.nn.functional import normalize
+from benchmarks import chunked_gemm
+from clipfast import reference
+chunked_gemm.CHUNK_BYTES = 40000
+for n, d, dtype, tolerance in ((100, 16, torch.float32, 1e-5), (129, 16, torch.bfloat16, 1e-2)):
+    x, y = (normalize(torch.randn(n, d), dim=1).to(dtype).requires_grad_() for _ in range(2))
+    s = torch.tensor(14.3, requires_grad=True)
+    got = torch.autograd.grad(chunked_gemm.loss(x, y, s), (x, y, s))
+    leaves = [t.detach().double().requires_grad_() for t in (x, y, s)]
+    exact = torch.autograd.grad(reference.contrastive_loss(*leaves), leaves)
+    for a, b in zip(got, exact):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+"""
+    subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(environment.ROOT)},
+        check=True,
+    )
