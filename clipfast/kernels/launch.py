@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -321,8 +322,11 @@ def _fits_descriptor(t: Tensor) -> bool:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Triton launches on the current device, which need not be the tensors'.
+
+    NumPy, which the interpreter computes with, would warn of infinities that a GPU takes as they come.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else numpy.errstate(all="ignore")
 
 
 def _blocks(length: int, block: int) -> int:
