@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clipfast.kernels.tiles import INFINITY, LARGEST
+from clipfast.kernels.tiles import INFINITY, LARGEST, SMALLEST_SCALE
 
 # float16 has no range to spare: G, at most 2 in units of its largest weight, is stored times this. See unit_kernel.
 AMPLIFIER = tl.constexpr(16384.0)
@@ -49,11 +49,13 @@ def centre_and_weight(lse, weight, scale, bias):
     c may be any number near (lse - bias) / scale: w' makes up for what is missing. Where the weight is 0 the centre is
     infinite, which makes every exponential 0, so that an infinite logit does no harm.
     """
-    centre = tl.where(scale == 0, 0.0, (lse - bias) / scale)
+    # What signed_scale takes for 0 is 0 here, too: a centre of (lse - bias) / scale would overflow.
+    no_scale = tl.abs(scale) < SMALLEST_SCALE
+    centre = tl.where(no_scale, 0.0, (lse - bias) / scale)
     centre = tl.minimum(tl.maximum(centre, -LARGEST), LARGEST).to(tl.float32)
     gap = centre.to(tl.float64) * scale + bias - lse
     # Beyond any rounding of a meaningful logit it is float64's own rounding of a huge one.
-    limit = tl.where(scale == 0, INFINITY, 64.0)
+    limit = tl.where(no_scale, INFINITY, 64.0)
     gap = tl.where((tl.abs(gap) > limit) & (tl.abs(centre) < LARGEST), 0.0, gap)
     centre = tl.where(weight == 0, INFINITY, tl.where(scale < 0, -centre, centre))
     return centre, tl.where(weight == 0, 0.0, weight * tl.exp(gap)).to(tl.float32)
