@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import clipfast
-from clipfast import reference
-from clipfast.problem import accumulation_dtype
+from clipfast import dispatch, reference
+from clipfast.problem import Problem, accumulation_dtype
 
 SCALES = (0.0, 1.0, 14.3, 100.0, 112.0)
 
@@ -76,6 +76,12 @@ def same_dtype(
 def ours(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> Result:
     scalar_dtype = accumulation_dtype(torch.promote_types(x.dtype, y.dtype))
     return evaluate(clipfast.contrastive_loss, x, y, scale, bias, scalar_dtype=scalar_dtype, **options)
+
+
+def reasons_against(backend: str, dtype: torch.dtype, device: str = "cpu") -> tuple[str, ...]:
+    """The backend's own reasons not to run on tensors of this dtype."""
+    reasons: tuple[str, ...] = dispatch.get(backend).unsupported_reasons(Problem(1, 1, 1, dtype, torch.device(device)))
+    return reasons
 
 
 def error(value: Tensor, exact: Tensor) -> float:

@@ -1,9 +1,10 @@
 """One module per backend; `clipfast.dispatch.BACKENDS` lists them in order of preference.
 
-Every backend holds the same five names:
+Every backend holds the same six names:
 
     NAME
     unsupported_reasons(problem) -> tuple of sentences, empty if it can run
+    reasons_against_auto(problem) -> tuple of sentences why it runs only when it is named, though it can run; else empty
     workspace_bytes(problem) -> predicted peak of its temporaries in forward and backward, outputs excluded
     forward(x, y, scale, bias, diag_offset) -> row_lse [n], col_lse [m], positive [n]
     backward(x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, diag_offset)

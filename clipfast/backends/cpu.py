@@ -35,6 +35,10 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def reasons_against_auto(problem: Problem) -> tuple[str, ...]:
+    return ()
+
+
 def workspace_bytes(problem: Problem) -> int:
     return _cpu.workspace_bytes(_name(problem.dtype), problem.n, problem.m, problem.d, torch.get_num_threads())
 

@@ -36,6 +36,10 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def reasons_against_auto(problem: Problem) -> tuple[str, ...]:
+    return ("interprets its kernels, slowly, because TRITON_INTERPRET is set",) if _interpreted() else ()
+
+
 def workspace_bytes(problem: Problem) -> int:
     n, m, d = problem.n, problem.m, problem.d
     device = tuning.describe(problem.device)
@@ -79,8 +83,6 @@ def backward(
     )
 
 
-# What is installed does not change, and torch.compile cannot trace the look-up.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing(device: torch.device) -> tuple[str, ...]:
     """Why no problem at all runs on this device."""
     if importlib.util.find_spec("triton") is None:
@@ -99,6 +101,11 @@ def _missing(device: torch.device) -> tuple[str, ...]:
     else:
         reasons += _device_reasons(device)
     return tuple(reasons)
+
+
+# What is installed does not change, and torch.compile cannot trace the look-up. This is what
+# torch.compiler.assume_constant_result does, which would import the compiler, 900 modules.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _device_reasons(device: torch.device) -> tuple[str, ...]:
