@@ -10,6 +10,8 @@ from clipfast.kernels.tiles import INFINITY, LARGEST, SMALLEST_SCALE
 # float16 has no range to spare: G, at most 2 in units of its largest weight, is stored times this. See unit_kernel.
 AMPLIFIER = tl.constexpr(16384.0)
 
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)  # float32
+
 # The factor of a row whose norm was raised to 1e-12; it does not depend on the row.
 CLAMPED_FACTOR = tl.constexpr(0.999999e12)
 
@@ -39,7 +41,7 @@ def unit_kernel(
     1.5e-5 instead of 1e-10, and times AMPLIFIER it is far from float16's subnormal numbers. One program."""
     largest = tl.maximum(largest_weight(row_weight, n, BLOCK), largest_weight(positive_weight, n, BLOCK))
     largest = tl.maximum(largest, largest_weight(col_weight, m, BLOCK))
-    tl.store(unit_ptr, tl.where(largest == 0, 1.0, largest).to(tl.float32) / AMPLIFIER)
+    tl.store(unit_ptr, tl.maximum(largest / AMPLIFIER, SMALLEST_NORMAL).to(tl.float32))
 
 
 @triton.jit
