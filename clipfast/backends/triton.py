@@ -25,7 +25,6 @@ ROCM_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950")
 MAX_ROWS = 2**31 - 1024  # row numbers are 32-bit in the kernels, up to the end of the last tile; offsets are 64-bit
 
 
-
 def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     reasons = list(_missing(problem.device))
     if problem.dtype == torch.float64:
@@ -43,13 +42,18 @@ def reasons_against_auto(problem: Problem) -> tuple[str, ...]:
 def workspace_bytes(problem: Problem) -> int:
     n, m, d = problem.n, problem.m, problem.d
     device = tuning.describe(problem.device)
-    tile = tuning.choose("statistics", device, problem.dtype.itemsize, d).config
-    programs_m, programs_n = tuning.program_grid(n, m, tile, device.processors)
-    forward = 8 * (programs_n * n + programs_m * m) + 4 * n
-    rows, cols = tuning.chunk_shape(n, m, problem.dtype.itemsize, tuning.WORKSPACE_BYTES)
-    chunk = rows * tuning.padded(cols) * problem.dtype.itemsize
-    totals = 4 * (rows + m) * d if problem.dtype != torch.float32 else 0
-    return max(forward, chunk + totals + 16 * (n + m) + 8 * n)
+    rounded = problem.dtype == torch.float32 and tuning.float32_product(device) == "bf16"
+    itemsize = 2 if rounded else problem.dtype.itemsize
+    statistics, gradient = (tuning.choose(kernel, device, itemsize, d).config for kernel in ("statistics", "gradient"))
+    programs_m, programs_n = tuning.program_grid(n, m, statistics, device.processors)
+    scratch = programs_m * programs_n * statistics.tile_scratch
+    forward = 4 * (2 * programs_n * n + 4 * programs_m * m + n + scratch)
+    rows, cols = tuning.chunk_shape(n, m, itemsize, tuning.WORKSPACE_BYTES)
+    programs = tuning.persistent_programs(rows, cols, gradient, device.processors)
+    totals = (rows + m) * d if problem.dtype != torch.float32 else 0
+    backward = rows * tuning.padded(cols) * itemsize + 4 * (4 * (n + m) + totals)
+    backward += programs * (8 + 4 * gradient.tile_scratch)
+    return max(forward, backward) + (2 * (n + m) * d if rounded else 0)
 
 
 def forward(
@@ -78,9 +82,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from clipfast.kernels import launch
 
-    return launch.backward(
-        x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, diag_offset
-    )
+    return launch.backward(x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, diag_offset)
 
 
 def _missing(device: torch.device) -> tuple[str, ...]:
@@ -139,5 +141,3 @@ def _interpreted() -> bool:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
