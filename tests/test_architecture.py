@@ -14,7 +14,7 @@ PACKAGE = Path(clipfast.__file__).parent
 # Each layer may import the layers below it, never one above or beside it.
 LAYERS = (
     {"problem", "reference", "tuning", "_cpu"},
-    {"kernels", "kernels.tiles"},
+    {"kernels", "kernels.tiles", "norms"},
     {"kernels.statistics", "kernels.gradient", "kernels.vectors"},
     {"kernels.launch"},
     {"backends", "backends.torch", "backends.cpu", "backends.triton"},

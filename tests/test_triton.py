@@ -11,8 +11,10 @@ import torch
 from oracle import SCALES, assert_three_way, error, evaluate, features, operand_rounding, ours
 from torch import Tensor
 
+import clipfast
 from clipfast import dispatch, reference, tuning
 from clipfast.kernels.tiles import MAX_SPREAD
+from clipfast.norms import l2_normalize
 from clipfast.problem import Problem
 
 pytest.importorskip("triton")
@@ -280,6 +282,15 @@ def test_not_finite_input_comes_out_as_in_the_dense_formula(place: str, value: f
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loss_in_small_tiles(dtype: torch.dtype, scale: float) -> None:
     assert_three_way(*features("trained", 70, 81, 40, dtype), scale, label_smoothing=0.1, backend="triton")
+
+
+def test_folded_norms_are_more_precise_than_a_rounded_copy() -> None:
+    x, y = (t.to(DEVICE) for t in features("unnormalized", 200, 200, 64, torch.bfloat16))
+    exact = reference.contrastive_loss(*(reference.l2_normalize(t.double()) for t in (x, y)), 100.0)
+    folded = clipfast.contrastive_loss(x, y, 100.0, normalize=True, backend="triton")
+    copied = clipfast.contrastive_loss(l2_normalize(x), l2_normalize(y), 100.0, backend="triton")
+    assert error(folded, exact) <= 1e-6 * exact
+    assert error(copied, exact) > 1e-4 * exact
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -39,6 +39,10 @@ def reasons_against_auto(problem: Problem) -> tuple[str, ...]:
     return ()
 
 
+def folds_norms(dtype: torch.dtype) -> bool:
+    return False
+
+
 def workspace_bytes(problem: Problem) -> int:
     return _cpu.workspace_bytes(_name(problem.dtype), problem.n, problem.m, problem.d, torch.get_num_threads())
 

@@ -39,6 +39,11 @@ def reasons_against_auto(problem: Problem) -> tuple[str, ...]:
     return ("interprets its kernels, slowly, because TRITON_INTERPRET is set",) if _interpreted() else ()
 
 
+def folds_norms(dtype: torch.dtype) -> bool:
+    # G is stored with the factors in it, and float16 has no range for them.
+    return dtype != torch.float16
+
+
 def workspace_bytes(problem: Problem) -> int:
     n, m, d = problem.n, problem.m, problem.d
     device = tuning.describe(problem.device)
@@ -62,10 +67,12 @@ def forward(
     scale: Tensor,  # []
     bias: Tensor,  # []
     diag_offset: int,
+    x_factor: Tensor | None = None,  # [n]
+    y_factor: Tensor | None = None,  # [m]
 ) -> tuple[Tensor, Tensor, Tensor]:
     from clipfast.kernels import launch
 
-    return launch.forward(x, y, scale, bias, diag_offset)
+    return launch.forward(x, y, scale, bias, diag_offset, x_factor, y_factor)
 
 
 def backward(
@@ -79,10 +86,13 @@ def backward(
     col_weight: Tensor,  # [m]
     positive_weight: Tensor,  # [n]
     diag_offset: int,
+    x_factor: Tensor | None = None,  # [n]
+    y_factor: Tensor | None = None,  # [m]
 ) -> tuple[Tensor, Tensor, Tensor]:
     from clipfast.kernels import launch
 
-    return launch.backward(x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, diag_offset)
+    weights = (row_weight, col_weight, positive_weight)
+    return launch.backward(x, y, scale, bias, row_lse, col_lse, *weights, diag_offset, x_factor, y_factor)
 
 
 def _missing(device: torch.device) -> tuple[str, ...]:
