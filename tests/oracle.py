@@ -17,7 +17,8 @@ from clipfast.problem import HALF_DTYPES, Problem, accumulation_dtype
 
 SCALES = (0.0, 1.0, 14.3, 100.0, 112.0)
 
-# Backends that multiply halves as they are, also on CPU tensors. The others widen them to float32 there.
+# Backends that multiply halves as they are, also on CPU tensors. The others widen them to float32 there; on GPUs all
+# multiply halves.
 HALF_OPERANDS = ("triton",)
 
 
@@ -131,7 +132,7 @@ def assert_three_way(
     largest_logit = scale * length**2 + abs(bias)
     feature = 2 / len(x) * scale * length
     rounded_gradient = 0.0
-    if x.dtype == y.dtype and x.dtype in HALF_DTYPES and backend in HALF_OPERANDS:
+    if x.dtype == y.dtype and x.dtype in HALF_DTYPES and (backend in HALF_OPERANDS or x.is_cuda):
         coordinate = max(x.double().abs().max().item(), y.double().abs().max().item())
         rounded_gradient = operand_rounding(x.dtype, x.device) * 2 / len(x) * scale * coordinate
     terms = {"loss": 1.0, "dx": feature, "dy": feature, "dscale": 2 * length**2, "dbias": 2.0}
