@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 HALVES = (torch.bfloat16, torch.float16)
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}  # in the Frobenius norm
 NAMES = ("loss", "dx", "dy", "dscale", "dbias")
 
 
@@ -109,11 +110,10 @@ def test_normalize_with_extra_texts(backend: str, dtype: torch.dtype, smoothing:
 
     exact = evaluate(normalized, x.double(), y.double(), 14.3, scalar_dtype=torch.float64)
     got = ours(x, y, 14.3, normalize=True, label_smoothing=smoothing, backend=backend)
-    eps = torch.finfo(dtype).eps
-    assert error(got.loss, exact.loss) <= 4 * eps
+    assert error(got.loss, exact.loss) <= TOLERANCE[dtype]
     for name in ("dx", "dy"):
         value, truth = getattr(got, name).double(), getattr(exact, name)
-        assert (value - truth).norm() <= 4 * eps * truth.norm(), name
+        assert (value - truth).norm() <= TOLERANCE[dtype] * truth.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
@@ -124,7 +124,7 @@ def test_both_strategies(strategy: str, normalize: bool, dtype: torch.dtype) -> 
     got = ours(x, y, 14.3, normalize=normalize, backend="triton")
     for name in ("dx", "dy"):
         value, truth = getattr(got, name).double(), getattr(exact, name)
-        assert (value - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.norm(), name
+        assert (value - truth).norm() <= TOLERANCE[dtype] * truth.norm(), name
     assert error(got.dscale, exact.dscale) <= 1e-4 * exact.dscale.abs()
 
 
