@@ -65,6 +65,10 @@ class Device:
     processors: int
     shared_bytes: int  # per program
 
+    @property
+    def interpreted(self) -> bool:
+        return self.architecture == "interpreter"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -176,7 +180,7 @@ def float32_product(device: Device) -> str:
     torch's documentation names. "medium" is one bfloat16 product: the caller rounds the features.
     """
     precision = torch.get_float32_matmul_precision()
-    if precision == "highest" or device.architecture == "interpreter":
+    if precision == "highest" or device.interpreted:
         return "ieee"
     return "bf16" if precision == "medium" else "tf32"
 

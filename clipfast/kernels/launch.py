@@ -134,7 +134,7 @@ class Operands:
             precision = precision or tuning.float32_product(tuning.describe(x.device))
             if precision == "bf16":
                 return cls(x.bfloat16(), y.bfloat16(), "ieee")
-        elif not x.is_cuda:
+        elif tuning.describe(x.device).interpreted:
             precision = "widened"
         return cls(x, y, precision or "ieee")
 
@@ -283,7 +283,7 @@ def _finish(
 ) -> None:
     count, d = total.shape
     block_d = min(1024, 1 << (d - 1).bit_length())
-    block_m = FINISH_ELEMENTS // block_d if x.is_cuda else VECTOR_BLOCK
+    block_m = VECTOR_BLOCK if tuning.describe(x.device).interpreted else FINISH_ELEMENTS // block_d
     finish_kernel[(_blocks(count, block_m),)](
         *(total, x, dx, factor, scale, unit, count, row_begin, d, *x.stride()),
         BLOCK_M=block_m,

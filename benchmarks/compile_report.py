@@ -1,0 +1,201 @@
+"""`python -m benchmarks compile-report`: what every Triton configuration compiles to, without its GPU.
+
+The kernels are launched as clipfast launches them, but for a target that is not there: each launch compiles and stops.
+So signatures, alignments and constants are the real ones. Registers, stack and shared memory come from the binary, the
+matrix instructions from its assembly.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from clipfast import tuning
+from clipfast.tuning import Config, Device
+
+# One multiprocessor's shared memory that a program can have (CUDA C++ programming guide, table of compute capabilities;
+# AMD CDNA 3 instruction set, LDS), and how many there are (A100, H100, B200, MI300X).
+DEVICES = {
+    "sm_80": Device("sm_80", 108, 163 << 10),
+    "sm_90": Device("sm_90", 132, 227 << 10),
+    "sm_100": Device("sm_100", 148, 227 << 10),
+    "gfx942": Device("gfx942", 304, 64 << 10),
+}
+MATRIX_INSTRUCTIONS = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+MAX_STACK = 16  # bytes; above it, registers were spilled
+WIDTH = 512
+ROWS = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration with what else its code depends on."""
+
+    config: Config
+    dtype: torch.dtype
+    precision: str  # of float32's product; "ieee" for halves
+    factors: bool = False  # with row norms
+
+    def __str__(self) -> str:
+        config = self.config
+        tile = f"{config.block_m}x{config.block_n}x{config.block_d}"
+        words = [config.architecture, config.kernel, str(self.dtype).removeprefix("torch."), tile]
+        words += [self.precision] * (self.dtype == torch.float32) + ["tma"] * config.tma + ["norms"] * self.factors
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a case became. Bytes are per thread (stack) and per program (shared)."""
+
+    case: str
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    shared: int
+    matrix_instructions: int
+    fault: str  # why it may not ship; empty if it may
+
+
+def cases(architecture: str = "") -> list[Case]:
+    """Every shipped configuration in every dtype that it serves."""
+    found = []
+    for config in tuning.CONFIGS:
+        if config.architecture not in DEVICES or (architecture and config.architecture != architecture):
+            continue
+        if config.itemsize == 2:
+            found += [Case(config, torch.bfloat16, "ieee"), Case(config, torch.bfloat16, "ieee", factors=True)]
+            found += [Case(config, torch.float16, "ieee")]
+        else:
+            found += [Case(config, torch.float32, precision) for precision in ("ieee", "tf32")]
+    return found
+
+
+def compile_case(case: Case) -> Compiled:
+    from clipfast.kernels import launch
+
+    config, device = case.config, DEVICES[case.config.architecture]
+    x, y = (torch.zeros(ROWS, WIDTH, dtype=case.dtype) for _ in range(2))
+    scale, bias = torch.ones(()), torch.zeros(())
+    factors = (torch.ones(ROWS), torch.ones(ROWS)) if case.factors else (None, None)
+    statistics = [torch.zeros(ROWS, dtype=torch.float64) for _ in range(5)]
+    with _offline(device) as kernels, mock.patch.object(tuning, "describe", lambda _: device):
+        if config.kernel == "statistics":
+            launch.forward(x, y, scale, bias, 0, *factors, config=config, precision=case.precision)
+        else:
+            strategy = "chunks" if config.kernel == "gradient" else "registers"
+            options: dict[str, Any] = {"config": config, "precision": case.precision, "strategy": strategy}
+            launch.backward(x, y, scale, bias, *statistics, 0, *factors, **options)
+    kernel = kernels[f"{config.kernel}_kernel"]
+    registers, stack, assembly = (_amd_resources if device.architecture.startswith("gfx") else _nvidia_resources)(kernel)
+    instructions = len(re.findall(re.escape(MATRIX_INSTRUCTIONS[device.architecture]), assembly))
+    shared = int(kernel.metadata.shared)
+    faults = []
+    if stack > MAX_STACK:
+        faults.append(f"a stack of {stack} bytes")
+    if shared > device.shared_bytes:
+        faults.append(f"{shared} bytes of shared memory, {device.shared_bytes} is what there is")
+    if not instructions and case.precision == "tf32" or case.dtype != torch.float32 and not instructions:
+        faults.append(f"no {MATRIX_INSTRUCTIONS[device.architecture]}")
+    return Compiled(
+        case=str(case),
+        warps=config.num_warps,
+        stages=config.num_stages,
+        registers=registers,
+        stack=stack,
+        shared=shared,
+        matrix_instructions=instructions,
+        fault="; ".join(faults),
+    )
+
+
+def compile_all(chosen: list[Case]) -> Iterator[Compiled]:
+    """The cases' results in their order, compiled in as many processes as there are processors."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_case, chosen)
+
+
+@contextmanager
+def _offline(device: Device) -> Iterator[dict[str, Any]]:
+    """Launches compile for `device`, which need not be there, and do not run; yields the compiled kernels by name."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    amd = device.architecture.startswith("gfx")
+    capability = device.architecture if amd else int(device.architecture.removeprefix("sm_"))
+    target = GPUTarget("hip" if amd else "cuda", capability, 64 if amd else 32)
+    number = list(DEVICES).index(device.architecture)  # Triton keeps its compiled kernels per device number
+    kernels: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, warmup=True, **options)
+        kernels[self.__name__] = kernel
+        return kernel
+
+    absent = mock.Mock(spec_set=("get_current_device", "get_current_stream", "get_current_target"))
+    absent.get_current_device.return_value = number
+    absent.get_current_target.return_value = target
+    with mock.patch.object(driver, "_active", absent), mock.patch.object(JITFunction, "run", compile_only):
+        yield kernels
+
+
+def _nvidia_resources(kernel: Any) -> tuple[int, int, str]:
+    """Registers per thread, bytes of stack, PTX."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    registers, stack = (int(re.findall(rf"\b{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
+    return registers, stack, kernel.asm["ptx"]
+
+
+def _amd_resources(kernel: Any) -> tuple[int, int, str]:
+    """Vector registers per lane, bytes of scratch, assembly."""
+    assembly = kernel.asm["amdgcn"]
+    registers, stack = (
+        int(re.findall(rf"\.{what}:\s+(\d+)", assembly)[-1]) for what in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return registers, stack, assembly
+
+
+def main() -> None:
+    from tqdm import tqdm
+
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise SystemExit("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
+    chosen = cases()
+    print(f"{'case':60} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'matrix':>6}")
+    faults = 0
+    for row in tqdm(compile_all(chosen), total=len(chosen), disable=None):
+        values = asdict(row)
+        faults += bool(row.fault)
+        tqdm.write(
+            f"{values['case']:60} {row.warps:5} {row.stages:6} {row.registers:9} {row.stack:5} {row.shared:7} "
+            f"{row.matrix_instructions:6}  {row.fault}"
+        )
+    if faults:
+        raise SystemExit(f"{faults} configurations may not ship")
