@@ -120,14 +120,17 @@ class Logits {
         for (index_t i = 0; i < group.rows; i += kRows) {
             Tiles::template multiply<NV, 1, kRows>(1, d_, x + i * d_, 0, y, [&](const V (&sum)[kRows][NV]) {
 #pragma GCC unroll 16
-                for (int r = 0; r < kRows; ++r)
+                for (int r = 0; r < kRows; ++r) {
+                    V row_low = V{} + kInfinity, row_high = V{} - kInfinity;
 #pragma GCC unroll 4
                     for (int v = 0; v < NV; ++v) {
                         const V logit = sum[r][v] * scale + (sum[r][v] * rest + bias);
                         store_vector(group.row(i + r) + v * W, logit);
-                        low = i + r < group.rows ? minimum(logit, low) : low;
-                        high = i + r < group.rows ? maximum(logit, high) : high;
+                        row_low = minimum(logit, row_low);
+                        row_high = maximum(logit, row_high);
                     }
+                    if (i + r < group.rows) low = minimum(row_low, low), high = maximum(row_high, high);
+                }
             });
         }
         if (!group.is_plain()) find_range_of_negatives(group, low, high);
@@ -185,10 +188,8 @@ class Logits {
                                         col_weight[v] * exp2<T, W>(logit - col_lse[v]));
                 }
         }
-        if (group.is_plain() && NV == Tiles::kVectors) return;
         const T* positive_weight = static_cast<const T*>(in.positive_weight) + first;
         group.for_positives([&](index_t i, T& logit) { logit = positive_weight[i]; });
-        for (index_t i = 0; i < group.rows; ++i) std::fill(group.row(i) + group.cols, group.row(i) + kWidth, T(0));
     }
 
   private:

@@ -5,6 +5,9 @@
 // group by a register-blocked product (tiles.h), and the epilogue runs on it while it is in the first-level cache
 // (logits.h). Forward costs one product. Backward forms G of a chunk, all panels in memory, then adds G y to dx and
 // G^T x to dy: three products. Every number is written by one task and added up in one order, whatever the threads do.
+//
+// Operands are packed once per chunk. A task's left operand stays in the second-level cache (kBlockBytes), so that what
+// it reads from beyond is a small part of what it computes.
 #pragma once
 
 #include "kernels.h"
@@ -14,9 +17,12 @@
 namespace clipfast {
 namespace {
 
-constexpr index_t kChunkRows = 4096;       // at most
-constexpr index_t kChunkBytes = 16 << 20;  // of G, about
-constexpr index_t kTaskRows = 512;         // rows (or columns, for dy) of one task
+constexpr index_t kChunkRows = 4096;         // at most
+constexpr index_t kChunkBytes = 16 << 20;    // of G, about
+constexpr index_t kBlockBytes = 512 << 10;   // of a task's left operand, at most
+constexpr index_t kBlockRows = 256;          // of a task, at most
+constexpr index_t kTasksPerThread = 4;       // at least, where there is so much to do
+constexpr index_t kFlopsPerThread = 4'000'000;  // below it a thread costs more than it brings
 
 template <class Isa, class T, class Element>
 class Kernel {
@@ -24,51 +30,45 @@ class Kernel {
     using V = typename Tiles::V;
     static constexpr int W = Tiles::W, kRows = Tiles::kRows;
     static constexpr index_t kWidth = Tiles::kWidth;
-    static_assert(kTaskRows % kGroup == 0 && kWidth % kRows == 0);
+    static constexpr index_t kBlockCols = kBlockRows / kWidth * kWidth;
+    static constexpr bool kApart = !std::is_same_v<T, Element>;  // gradients are added up in T and rounded once
+    static_assert(kBlockRows % kGroup == 0 && kWidth % kRows == 0);
 
   public:
     Kernel(const Block& block, int threads)
         : block_(block),
-          threads_(std::clamp<index_t>(2 * block.n() * block.m() * block.d() / kFlopsPerThread, 1, threads)),
+          d_(block.d()),
+          threads_(std::clamp<index_t>(2 * block.n() * block.m() * d_ / kFlopsPerThread, 1, threads)),
           scale_(T(block.scale)),
           logits_(block),
           chunk_rows_(round_up(std::min(block.n(), kChunkRows), kGroup)),
           chunk_cols_(std::min(round_up(block.m(), kWidth),
-                               round_up(kChunkBytes / (chunk_rows_ * index_t{sizeof(T)}), kWidth))) {}
+                               round_up(kChunkBytes / (chunk_rows_ * index_t{sizeof(T)}), kWidth))),
+          block_rows_(std::clamp(kBlockBytes / (d_ * index_t{sizeof(T)}) / kGroup * kGroup, kGroup, kBlockRows)) {}
 
     void forward(const Statistics& out) {
-        const index_t n = block_.n(), m = block_.m(), d = block_.d();
+        const index_t n = block_.n(), m = block_.m();
         Team team(threads_);
-        Buffer<T> x_pack(chunk_rows_ * d), y_pack(threads_ * kWidth * d), s(threads_ * kGroup * kWidth);
-        const index_t slots = chunk_cols_ / kWidth, row_blocks = ceil_div(chunk_rows_, kTaskRows);
+        Buffer<T> x_pack(chunk_rows_ * d_), y_pack(chunk_cols_ * d_), logits(threads_ * kGroup * kWidth);
         // A row's sums per panel of a chunk, a column's per block of rows.
-        Sums<Isa, T> rows_sums(slots, chunk_rows_), cols_sums(row_blocks, round_up(m, kWidth));
+        Sums<Isa, T> rows_sums(chunk_cols_ / kWidth, chunk_rows_);
+        Sums<Isa, T> cols_sums(ceil_div(chunk_rows_, block_rows_), round_up(m, kWidth));
         std::fill(out.positive, out.positive + n, 0.0);
         for (index_t first = 0; first < n; first += chunk_rows_) {
             const index_t rows = std::min(chunk_rows_, n - first);
-            pack_x(team, first, rows, x_pack.get());
+            pack_left(team, first, rows, x_pack.get());
             rows_sums.clear();
             for (index_t column = 0; column < m; column += chunk_cols_) {
-                const index_t panels = ceil_div(std::min(chunk_cols_, m - column), kWidth);
-                const index_t blocks = ceil_div(rows, kTaskRows);
-                team.for_each(blocks * panels, [&](int worker, index_t task) {
-                    const index_t panel = task / blocks, block = task % blocks, row = block * kTaskRows;
-                    const index_t panel_column = column + panel * kWidth, cols = std::min(kWidth, m - panel_column);
-                    T* y = y_pack.get() + worker * kWidth * d;
-                    T* buffer = s.get() + worker * kGroup * kWidth;
-                    Tiles::with_vectors(cols, [&](auto vectors) {
-                        constexpr int NV = vectors.value;
-                        Tiles::template pack_transposed<Element>(block_.y, panel_column, cols, NV * W, y);
-                        for (index_t r = row; r < std::min(rows, row + kTaskRows); r += kGroup) {
-                            Group<Isa, T, NV> group{buffer, std::min(kGroup, rows - r), cols,
-                                            first + r + block_.diag_offset - panel_column};
-                            logits_.form(group, x_pack.get() + r * d, y);
-                            group.for_positives([&](index_t i, T& logit) {
-                                out.positive[first + r + i] = double(logit) * kLn2;
-                            });
-                            logits_.add_sums(group, rows_sums, panel, r, cols_sums, block, panel_column);
-                        }
+                const index_t cols = std::min(chunk_cols_, m - column);
+                pack_right(team, column, cols, y_pack.get());
+                for_groups(team, first, rows, column, cols, [&](int worker, auto group, index_t row, index_t panel) {
+                    group.s = logits.get() + worker * kGroup * kWidth;
+                    logits_.form(group, x_pack.get() + row * d_, y_pack.get() + panel * kWidth * d_);
+                    group.for_positives([&](index_t i, T& logit) {
+                        out.positive[first + row + i] = double(logit) * kLn2;
                     });
+                    logits_.add_sums(group, rows_sums, panel, row, cols_sums, row / block_rows_,
+                                     column + panel * kWidth);
                 });
             }
             team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
@@ -76,44 +76,47 @@ class Kernel {
                 rows_sums.log_merged(group * kGroup, end, out.row_lse + first);
             });
         }
-        team.for_each(ceil_div(m, kTaskRows), [&](int, index_t task) {
-            cols_sums.log_merged(task * kTaskRows, std::min(m, (task + 1) * kTaskRows), out.col_lse);
+        team.for_each(ceil_div(m, kBlockCols), [&](int, index_t task) {
+            cols_sums.log_merged(task * kBlockCols, std::min(m, (task + 1) * kBlockCols), out.col_lse);
         });
     }
 
     // Returns dscale.
     double backward(const Weights& in, const Gradients& out) {
-        const index_t n = block_.n(), m = block_.m(), d = block_.d();
+        const index_t n = block_.n(), m = block_.m(), width_d = round_up(d_, kWidth);
         Team team(threads_);
-        Buffer<T> x_pack(chunk_rows_ * d), y_pack(threads_ * kWidth * std::max(d, Tiles::kDepth));
-        Buffer<T> gradient(chunk_rows_ * chunk_cols_);
-        Buffer<T> dx_apart(kApart ? chunk_rows_ * d : 0), dy_apart(kApart ? m * d : 0);
+        Buffer<T> x_pack(chunk_rows_ * d_), y_pack(chunk_cols_ * d_);
+        Buffer<T> x_rows(chunk_rows_ * width_d), y_rows(chunk_cols_ * width_d), gradient(chunk_rows_ * chunk_cols_);
+        Buffer<T> dx_apart(kApart ? chunk_rows_ * d_ : 0), dy_apart(kApart ? m * d_ : 0);
         T* dy = kApart ? dy_apart.get() : static_cast<T*>(out.dy);
-        team.for_each(ceil_div(m, kTaskRows), [&](int, index_t task) {
-            std::fill(dy + task * kTaskRows * d, dy + std::min(m, (task + 1) * kTaskRows) * d, T(0));
-        });
+        clear(team, m, dy);
         std::vector<double> dots(ceil_div(n, kGroup));
         for (index_t first = 0; first < n; first += chunk_rows_) {
             const index_t rows = std::min(chunk_rows_, n - first);
-            T* dx = kApart ? dx_apart.get() : static_cast<T*>(out.dx) + first * d;
-            pack_x(team, first, rows, x_pack.get());
-            team.for_each(ceil_div(rows, kTaskRows), [&](int, index_t task) {
-                std::fill(dx + task * kTaskRows * d, dx + std::min(rows, (task + 1) * kTaskRows) * d, T(0));
-            });
+            T* dx = kApart ? dx_apart.get() : static_cast<T*>(out.dx) + first * d_;
+            clear(team, rows, dx);
+            pack_left(team, first, rows, x_pack.get());
+            pack_rows(team, block_.x, first, rows, chunk_rows_, x_rows.get());
             for (index_t column = 0; column < m; column += chunk_cols_) {
                 const index_t cols = std::min(chunk_cols_, m - column);
-                form_gradient(team, in, first, rows, column, cols, x_pack.get(), y_pack.get(), gradient.get());
-                add_products(team, first, rows, column, cols, gradient.get(), y_pack.get(), dx, dy + column * d);
+                pack_right(team, column, cols, y_pack.get());
+                pack_rows(team, block_.y, column, cols, chunk_cols_, y_rows.get());
+                for_groups(team, first, rows, column, cols, [&](int, auto group, index_t row, index_t panel) {
+                    group.s = gradient.get() + (panel * chunk_rows_ + row) * kWidth;
+                    logits_.form(group, x_pack.get() + row * d_, y_pack.get() + panel * kWidth * d_);
+                    logits_.to_gradient(group, in, first + row, column + panel * kWidth);
+                });
+                add_products(team, rows, cols, gradient.get(), x_rows.get(), y_rows.get(), dx, dy + column * d_);
             }
             team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
                 const index_t row = group * kGroup;
-                dots[first / kGroup + group] = finish_rows(
-                    first + row, std::min(kGroup, rows - row), dx + row * d, static_cast<Element*>(out.dx));
+                dots[first / kGroup + group] = finish_rows(first + row, std::min(kGroup, rows - row), dx + row * d_,
+                                                           static_cast<Element*>(out.dx));
             });
         }
         team.for_each(ceil_div(m, kGroup), [&](int, index_t group) {
-            const index_t end = std::min(m, (group + 1) * kGroup) * d;
-            for (index_t i = group * kGroup * d; i < end; ++i)
+            const index_t end = std::min(m, (group + 1) * kGroup) * d_;
+            for (index_t i = group * kGroup * d_; i < end; ++i)
                 static_cast<Element*>(out.dy)[i] = store<Element>(scale_ * dy[i]);
         });
         double dscale = 0;
@@ -123,109 +126,153 @@ class Kernel {
 
     // What a backward pass holds at most, apart from its outputs.
     index_t workspace_bytes() const {
-        const index_t d = block_.d();
-        const index_t apart = kApart ? (chunk_rows_ + block_.m()) * d : 0;
-        const index_t packs = chunk_rows_ * d + threads_ * kWidth * std::max(d, Tiles::kDepth);
+        const index_t apart = kApart ? (chunk_rows_ + block_.m()) * d_ : 0;
+        const index_t packs = (chunk_rows_ + chunk_cols_) * (d_ + round_up(d_, kWidth));
         return index_t{sizeof(T)} * (chunk_rows_ * chunk_cols_ + packs + apart);
     }
 
   private:
-    static constexpr bool kApart = !std::is_same_v<T, Element>;  // gradients are added up in T and rounded once
-    static constexpr index_t kFlopsPerThread = 4'000'000;        // below it a thread costs more than it brings
-
-    void pack_x(Team& team, index_t first, index_t rows, T* x_pack) const {
+    // Rows of x as the left operand of x y^T: [row / kRows][d][kRows].
+    void pack_left(Team& team, index_t first, index_t rows, T* out) const {
         team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
-            const index_t row = group * kGroup;
-            Tiles::template pack_transposed<Element>(block_.x, first + row, std::min(kGroup, rows - row), kRows,
-                                                     x_pack + row * block_.d());
+            const index_t row = group * kGroup, count = std::min(kGroup, rows - row);
+            Tiles::template pack_transposed<Element, kRows>(block_.x, first + row, count, out + row * d_);
         });
     }
 
-    // G of a chunk, [panel][chunk_rows_][kWidth]; columns beyond the last are zero.
-    void form_gradient(Team& team, const Weights& in, index_t first, index_t rows, index_t column, index_t cols,
-                       const T* x_pack, T* y_pack, T* gradient) const {
-        const index_t d = block_.d(), blocks = ceil_div(rows, kTaskRows);
-        team.for_each(blocks * ceil_div(cols, kWidth), [&](int worker, index_t task) {
-            const index_t panel = task / blocks, row = task % blocks * kTaskRows;
-            const index_t panel_column = column + panel * kWidth, count = std::min(kWidth, cols - panel * kWidth);
-            T* y = y_pack + worker * kWidth * std::max(d, Tiles::kDepth);
+    // Rows of y as its right operand: a panel after the other, [d][the panel's width].
+    void pack_right(Team& team, index_t column, index_t cols, T* out) const {
+        team.for_each(ceil_div(cols, kWidth), [&](int, index_t panel) {
+            const index_t first = panel * kWidth, count = std::min(kWidth, cols - first);
             Tiles::with_vectors(count, [&](auto vectors) {
-                constexpr int NV = vectors.value;
-                Tiles::template pack_transposed<Element>(block_.y, panel_column, count, NV * W, y);
-                for (index_t r = row; r < std::min(rows, row + kTaskRows); r += kGroup) {
-                    Group<Isa, T, NV> group{gradient + (panel * chunk_rows_ + r) * kWidth, std::min(kGroup, rows - r), count,
-                                    first + r + block_.diag_offset - panel_column};
-                    logits_.form(group, x_pack + r * d, y);
-                    logits_.to_gradient(group, in, first + r, panel_column);
-                }
+                Tiles::template pack_transposed<Element, vectors.value * W>(block_.y, column + first, count,
+                                                                           out + first * d_);
             });
         });
     }
 
-    // dx += G y and dy += G^T x for a chunk. A task adds to kTaskRows rows and one panel of the d columns.
-    void add_products(Team& team, index_t first, index_t rows, index_t column, index_t cols, const T* gradient,
-                      T* packs, T* dx, T* dy) const {
-        const index_t d = block_.d(), panels_d = ceil_div(d, kWidth), panel_size = chunk_rows_ * kWidth;
-        const index_t dx_tasks = ceil_div(rows, kTaskRows) * panels_d, dy_rows = round_up(kTaskRows, kWidth);
-        const index_t dy_tasks = ceil_div(cols, dy_rows) * panels_d;
+    // Rows of a as the right operand of G y and G^T x: [d / kWidth][capacity][the panel's width].
+    void pack_rows(Team& team, const Matrix& a, index_t first, index_t rows, index_t capacity, T* out) const {
+        const index_t blocks = ceil_div(rows, kBlockRows);
+        team.for_each(blocks * ceil_div(d_, kWidth), [&](int, index_t task) {
+            const index_t col = task / blocks * kWidth, row = task % blocks * kBlockRows;
+            const index_t cols = std::min(kWidth, d_ - col), width = round_up(cols, W);
+            Tiles::template pack_rows<Element>(a, first + row, std::min(kBlockRows, rows - row), col, cols, width,
+                                               out + col * capacity + row * width);
+        });
+    }
+
+    void clear(Team& team, index_t rows, T* gradient) const {
+        team.for_each(ceil_div(rows, kBlockRows), [&](int, index_t task) {
+            const index_t end = std::min(rows, (task + 1) * kBlockRows);
+            std::fill(gradient + task * kBlockRows * d_, gradient + end * d_, T(0));
+        });
+    }
+
+    // In how many parts to do what `blocks` tasks would do, so that there are tasks for all threads.
+    index_t parts(index_t blocks, index_t panels) const {
+        return std::clamp(ceil_div(kTasksPerThread * threads_, blocks), index_t{1}, panels);
+    }
+
+    // Calls visit(worker, group without its logits, row, panel) for all groups of a chunk.
+    template <class Visit>
+    void for_groups(Team& team, index_t first, index_t rows, index_t column, index_t cols, const Visit& visit) const {
+        const index_t panels = ceil_div(cols, kWidth), blocks = ceil_div(rows, block_rows_);
+        const index_t share = ceil_div(panels, parts(blocks, panels));
+        team.for_each(blocks * ceil_div(panels, share), [&](int worker, index_t task) {
+            const index_t row = task % blocks * block_rows_, begin = task / blocks * share;
+            for (index_t panel = begin; panel < std::min(panels, begin + share); ++panel) {
+                const index_t count = std::min(kWidth, cols - panel * kWidth);
+                Tiles::with_vectors(count, [&](auto vectors) {
+                    for (index_t r = row; r < std::min(rows, row + block_rows_); r += kGroup)
+                        visit(worker,
+                              Group<Isa, T, vectors.value>{nullptr, std::min(kGroup, rows - r), count,
+                                                           first + r + block_.diag_offset - column - panel * kWidth},
+                              r, panel);
+                });
+            }
+        });
+    }
+
+    // dx += G y and dy += G^T x for a chunk. A task has a block of rows of dx or dy, and a part of the d columns.
+    void add_products(Team& team, index_t rows, index_t cols, const T* gradient, const T* x_rows, const T* y_rows,
+                      T* dx, T* dy) const {
+        const index_t panels = ceil_div(d_, kWidth), panel_size = chunk_rows_ * kWidth;
+        const index_t dx_blocks = ceil_div(rows, kBlockRows), dy_blocks = ceil_div(cols, kBlockCols);
+        const index_t share = ceil_div(panels, parts(dx_blocks + dy_blocks, panels));
         const index_t dx_depth = Tiles::depth(block_.m()), dy_depth = Tiles::depth(block_.n());
-        team.for_each(dx_tasks + dy_tasks, [&](int worker, index_t task) {
-            T* pack = packs + worker * kWidth * std::max(d, Tiles::kDepth);
-            const bool for_dx = task < dx_tasks;
-            const index_t block = (for_dx ? task : task - dx_tasks) / panels_d, c = task % panels_d * kWidth;
-            const index_t count = std::min(kWidth, d - c);
-            Tiles::with_vectors(count, [&](auto vectors) {
-                constexpr int NV = vectors.value;
-                if (for_dx) {
-                    const index_t end = std::min(rows, (block + 1) * kTaskRows);
-                    for (index_t k = 0; k < cols; k += dx_depth) {
-                        const index_t terms = std::min(dx_depth, cols - k), runs = ceil_div(terms, kWidth);
-                        Tiles::template pack_rows<Element>(block_.y, column + k, terms, c, count, NV * W, pack);
-                        std::fill(pack + terms * NV * W, pack + runs * kWidth * NV * W, T(0));
-                        for (index_t i = block * kTaskRows; i < end; i += kRows)
-                            Tiles::template add_product<NV, kWidth, 1>(
-                                runs, kWidth, gradient + k / kWidth * panel_size + i * kWidth, panel_size, pack,
-                                dx + i * d + c, d, end - i, count);
-                    }
-                } else {
-                    const index_t end = std::min(cols, (block + 1) * dy_rows);
-                    for (index_t k = 0; k < rows; k += dy_depth) {
-                        const index_t terms = std::min(dy_depth, rows - k);
-                        Tiles::template pack_rows<Element>(block_.x, first + k, terms, c, count, NV * W, pack);
-                        for (index_t j = block * dy_rows; j < end; j += kRows)
+        // The blocks of dy come first: they are larger.
+        team.for_each((dx_blocks + dy_blocks) * ceil_div(panels, share), [&](int, index_t task) {
+            const index_t block = task % (dx_blocks + dy_blocks), part = task / (dx_blocks + dy_blocks);
+            const index_t begin = part * share, end = std::min(panels, begin + share);
+            if (block < dy_blocks) {
+                const index_t first = block * kBlockCols, last = std::min(cols, first + kBlockCols);
+                for (index_t k = 0; k < rows; k += dy_depth)
+                    for_panels(begin, end, [&](auto vectors, index_t c, index_t count) {
+                        constexpr int NV = vectors.value;
+                        for (index_t j = first; j < last; j += kRows)
                             Tiles::template add_product<NV, 1, kWidth>(
-                                1, terms, gradient + j / kWidth * panel_size + k * kWidth + j % kWidth, 0, pack,
-                                dy + j * d + c, d, end - j, count);
-                    }
-                }
-            });
+                                1, std::min(dy_depth, rows - k),
+                                gradient + j / kWidth * panel_size + k * kWidth + j % kWidth, 0,
+                                x_rows + c * chunk_rows_ + k * NV * W, dy + j * d_ + c, d_, last - j, count);
+                    });
+            } else {
+                const index_t first = (block - dy_blocks) * kBlockRows, last = std::min(rows, first + kBlockRows);
+                for (index_t k = 0; k < cols; k += dx_depth)
+                    for_panels(begin, end, [&](auto vectors, index_t c, index_t count) {
+                        constexpr int NV = vectors.value;
+                        // Whole panels of G, then what is left.
+                        const index_t terms = std::min(dx_depth, cols - k), whole = terms / kWidth * kWidth;
+                        const T *g = gradient + k / kWidth * panel_size, *y = y_rows + c * chunk_cols_ + k * NV * W;
+                        for (index_t i = first; i < last; i += kRows) {
+                            if (whole)
+                                Tiles::template add_product<NV, kWidth, 1>(whole / kWidth, kWidth, g + i * kWidth,
+                                                                           panel_size, y, dx + i * d_ + c, d_,
+                                                                           last - i, count);
+                            if (whole < terms)
+                                Tiles::template add_product<NV, kWidth, 1>(
+                                    1, terms - whole, g + whole * chunk_rows_ + i * kWidth, 0, y + whole * NV * W,
+                                    dx + i * d_ + c, d_, last - i, count);
+                        }
+                    });
+            }
         });
+    }
+
+    // Calls visit(std::integral_constant<int, vectors>, first column, columns) for panels of the d columns.
+    template <class Visit>
+    void for_panels(index_t begin, index_t end, const Visit& visit) const {
+        for (index_t panel = begin; panel < end; ++panel) {
+            const index_t c = panel * kWidth, count = std::min(kWidth, d_ - c);
+            Tiles::with_vectors(count, [&](auto vectors) { visit(vectors, c, count); });
+        }
     }
 
     // Writes dx = scale G y of `count` rows and returns their part of dscale.
     double finish_rows(index_t first, index_t count, const T* gradient_y, Element* dx) const {
         using Double = Vector<double, W>;
-        const index_t d = block_.d();
         Double dot = {};
-        for (index_t i = 0; i < count; ++i, gradient_y += d) {
-            const Element* x = static_cast<const Element*>(block_.x.data) + (first + i) * block_.x.row_stride;
-            for (index_t c = 0; c < d; c += W) {
-                const V product = Tiles::load_elements(gradient_y + c, 1, d - c);
-                const V row = Tiles::load_elements(x + c * block_.x.col_stride, block_.x.col_stride, d - c);
+        for (index_t i = 0; i < count; ++i, gradient_y += d_) {
+            for (index_t c = 0; c < d_; c += W) {
+                const V product = Tiles::load_elements(gradient_y + c, 1, d_ - c);
+                const V row = Tiles::load_elements(Tiles::template element<Element>(block_.x, first + i, c),
+                                                   block_.x.col_stride, d_ - c);
                 dot += __builtin_convertvector(product, Double) * __builtin_convertvector(row, Double);
                 const V scaled = scale_ * product;
-                for (index_t l = 0; l < std::min<index_t>(W, d - c); ++l)
-                    dx[(first + i) * d + c + l] = store<Element>(T(scaled[l]));
+                for (index_t l = 0; l < std::min<index_t>(W, d_ - c); ++l)
+                    dx[(first + i) * d_ + c + l] = store<Element>(T(scaled[l]));
             }
         }
         return reduce<double, W>(dot, [](auto a, auto b) { return a + b; });
     }
 
     Block block_;
+    index_t d_;
     int threads_;
     T scale_;
     Logits<Isa, T> logits_;
     index_t chunk_rows_, chunk_cols_;
+    index_t block_rows_;  // of a task that forms logits
 };
 
 }  // namespace

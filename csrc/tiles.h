@@ -19,7 +19,7 @@ struct Tile {
     static constexpr int kVectors = 3;
     static constexpr int kRows = std::min(Isa::kRows, W);  // divides kWidth
     static constexpr index_t kWidth = kVectors * W;       // columns of a panel
-    static constexpr index_t kDepth = 8 * kWidth;         // terms of a sum in registers, at most
+    static constexpr index_t kDepth = 192 / kWidth * kWidth;  // terms of a sum in registers, at most
     using V = Vector<T, W>;
 
     // How many of `terms` terms to add up in registers. Equal terms round one way, so a sum of b of them may be off by
@@ -94,27 +94,27 @@ struct Tile {
         return load_vector<V>(lanes);
     }
 
-    // out[r / width][c][r % width] = a[row + r][c] for r in [0, rows), the rest of the last `width` zero.
-    template <class Element>
-    static void pack_transposed(const Matrix& a, index_t row, index_t rows, index_t width, T* out) {
-        for (index_t r = 0; r < round_up(rows, width); r += W)
+    // out[r / Width][c][r % Width] = a[row + r][c] for r in [0, rows). Up to W rows more are written, with zeros.
+    template <class Element, int Width>
+    static void pack_transposed(const Matrix& a, index_t row, index_t rows, T* out) {
+        for (index_t r = 0; r < rows; r += W)
             for (index_t c = 0; c < a.cols; c += W) {
                 V block[W];
 #pragma GCC unroll 16
                 for (int i = 0; i < W; ++i)
-                    block[i] = r + i < rows ? load_elements(static_cast<const Element*>(a.data) +
-                                                                (row + r + i) * a.row_stride + c * a.col_stride,
-                                                            a.col_stride, a.cols - c)
+                    block[i] = r + i < rows ? load_elements(element<Element>(a, row + r + i, c), a.col_stride, a.cols - c)
                                             : V{};
                 transpose<W>(block);
-                for (index_t k = 0; k < std::min<index_t>(W, a.cols - c); ++k) {
-                    T lanes[W];
-                    store_vector(lanes, block[k]);
-                    for (index_t part = 0; part < W && r + part < round_up(rows, width);) {
-                        const index_t at = r + part, count = std::min(W - part, width - at % width);
-                        std::memcpy(out + (at / width * a.cols + c + k) * width + at % width, lanes + part,
-                                    count * sizeof(T));
-                        part += count;
+                const index_t terms = std::min<index_t>(W, a.cols - c);
+                for (index_t k = 0; k < terms; ++k) {
+                    if constexpr (Width % W == 0) {
+                        store_vector(out + (r / Width * a.cols + c + k) * Width + r % Width, block[k]);
+                    } else {
+                        static_assert(W % Width == 0);
+                        T lanes[W];
+                        store_vector(lanes, block[k]);
+                        for (int l = 0; l < W; l += Width)
+                            std::memcpy(out + ((r + l) / Width * a.cols + c + k) * Width, lanes + l, Width * sizeof(T));
                     }
                 }
             }
@@ -125,11 +125,15 @@ struct Tile {
     static void pack_rows(const Matrix& a, index_t row, index_t rows, index_t col, index_t cols, index_t width,
                           T* out) {
         for (index_t r = 0; r < rows; ++r, out += width) {
-            const Element* in =
-                static_cast<const Element*>(a.data) + (row + r) * a.row_stride + col * a.col_stride;
+            const Element* in = element<Element>(a, row + r, col);
             for (index_t c = 0; c < width; c += W)
                 store_vector(out + c, load_elements(in + c * a.col_stride, a.col_stride, cols - c));
         }
+    }
+
+    template <class Element>
+    static const Element* element(const Matrix& a, index_t row, index_t col) {
+        return static_cast<const Element*>(a.data) + row * a.row_stride + col * a.col_stride;
     }
 };
 
