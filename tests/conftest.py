@@ -9,7 +9,10 @@ from clipfast.backends import cpu
 INSTRUCTION_SETS = [f"cpu-{name}" for name in cpu.instruction_sets()]
 
 
-@pytest.fixture(params=[*INSTRUCTION_SETS, *(name for name in dispatch.names() if name != "cpu" or not INSTRUCTION_SETS)])
+OTHERS = [name for name in dispatch.names() if name != "cpu" or not INSTRUCTION_SETS]
+
+
+@pytest.fixture(params=[*INSTRUCTION_SETS, *OTHERS])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend in turn, `cpu` once per instruction set; one that cannot run is skipped with its own reason."""
     name, _, instruction_set = request.param.partition("-")

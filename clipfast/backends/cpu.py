@@ -45,7 +45,9 @@ def instruction_set() -> str:
     available = [name for name, here in _INSTRUCTION_SETS.items() if here]
     name = os.environ.get(ENVIRONMENT_VARIABLE) or available[0]
     if name not in _INSTRUCTION_SETS:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}: got {name!r}; accepted are {', '.join(map(repr, _INSTRUCTION_SETS))}")
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}: got {name!r}; accepted are {', '.join(map(repr, _INSTRUCTION_SETS))}"
+        )
     if name not in available:
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE}: this processor has no {name!r}; it has {', '.join(map(repr, available))}"
