@@ -12,7 +12,7 @@ from clipfast.backends import cpu, torch as torch_backend
 from clipfast.problem import Problem
 
 # `auto` takes the first that reports no reason against itself, so the order is the order of speed.
-BACKENDS: tuple[ModuleType, ...] = (torch_backend, cpu)
+BACKENDS: tuple[ModuleType, ...] = (cpu, torch_backend)
 
 ENVIRONMENT_VARIABLE = "CLIPFAST_BACKEND"
 

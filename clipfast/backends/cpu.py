@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ try:
     from clipfast import _cpu
 
     _MISSING = ""
+    _INSTRUCTION_SETS = dict(_cpu.instruction_sets())
 except ImportError as error:
+    _INSTRUCTION_SETS = {}
     _MISSING = (
         f"the compiled extension clipfast._cpu is missing ({error}); clipfast was imported from "
         f"{Path(__file__).parents[1]}: reinstall it with a C++17 compiler on the machine (pip install . , or "
@@ -23,20 +26,50 @@ except ImportError as error:
 
 NAME = "cpu"
 
+ENVIRONMENT_VARIABLE = "CLIPFAST_CPU_ISA"
+
 LOG2_E = math.log2(math.e)
+
+
+def instruction_sets() -> dict[str, bool]:
+    """The instruction sets that kernels exist for, best first, and whether this processor has them."""
+    return dict(_INSTRUCTION_SETS)
+
+
+def instruction_set() -> str:
+    """The one in use: the best that this processor has, or the one that CLIPFAST_CPU_ISA names.
+
+    Raises:
+        ValueError: the name is unknown, or this processor does not have it.
+    """
+    available = [name for name, here in _INSTRUCTION_SETS.items() if here]
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or available[0]
+    if name not in _INSTRUCTION_SETS:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}: got {name!r}; accepted are {', '.join(map(repr, _INSTRUCTION_SETS))}"
+        )
+    if name not in available:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}: this processor has no {name!r}; it has {', '.join(map(repr, available))}"
+        )
+    return name
 
 
 def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     reasons = []
     if _MISSING:
         reasons.append(_MISSING)
+    else:
+        instruction_set()
     if problem.device.type != "cpu":
         reasons.append(f"runs on CPU tensors only, the inputs are on {problem.device}")
     return tuple(reasons)
 
 
 def workspace_bytes(problem: Problem) -> int:
-    return _cpu.workspace_bytes(_name(problem.dtype), problem.n, problem.m, problem.d, torch.get_num_threads())
+    return _cpu.workspace_bytes(
+        instruction_set(), _name(problem.dtype), problem.n, problem.m, problem.d, torch.get_num_threads()
+    )
 
 
 def forward(
@@ -48,6 +81,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     row_lse, col_lse, positive = (torch.empty(k, dtype=torch.float64) for k in (len(x), len(y), len(x)))
     _cpu.forward(
+        instruction_set(),
         _block(x, y, scale, bias, diag_offset),
         row_lse.data_ptr(),
         col_lse.data_ptr(),
@@ -74,6 +108,7 @@ def backward(
     positive_weight = positive_weight.to(scale.dtype).contiguous()
     dx, dy = x.new_empty(x.shape), y.new_empty(y.shape)
     dscale = _cpu.backward(
+        instruction_set(),
         _block(x, y, scale, bias, diag_offset),
         row_lse.data_ptr(),
         row_weight.data_ptr(),
