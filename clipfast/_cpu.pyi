@@ -31,5 +31,17 @@ def backward(
     dy: int,
     threads: int,
 ) -> float: ...
+def symmetric_cross_entropy(row_lse: int, col_lse: int, positive: int, n: int) -> float: ...
+def symmetric_cross_entropy_weights(
+    row_lse: int,
+    col_lse: int,
+    positive: int,
+    n: int,
+    m: int,
+    gradient: float,
+    row_weight: int,
+    col_weight: int,
+    positive_weight: int,
+) -> None: ...
 def workspace_bytes(isa: str, dtype: str, n: int, m: int, d: int, threads: int) -> int: ...
 def exp2(isa: str, dtype: str, x: int, out: int, count: int) -> None: ...

@@ -42,10 +42,11 @@ def symmetric_cross_entropy_weights(
     row_lse: Tensor,  # [n]
     col_lse: Tensor,  # [m]
     positive: Tensor,  # [n]
+    gradient: Tensor,  # []
 ) -> tuple[Tensor, Tensor, Tensor]:  # [n], [m], [n]
-    """The derivatives of the symmetric cross-entropy by row_lse, col_lse and positive."""
+    """The derivatives of the symmetric cross-entropy by row_lse, col_lse and positive, times `gradient`."""
     n = positive.shape[0]
-    row_weight, own_col_weight = (margin.sigmoid() / (2 * n) for margin in margins(row_lse, col_lse, positive))
+    row_weight, own_col_weight = (gradient * margin.sigmoid() / (2 * n) for margin in margins(row_lse, col_lse, positive))
     col_weight = torch.nn.functional.pad(own_col_weight, (0, col_lse.shape[0] - n))
     return row_weight, col_weight, -(row_weight + own_col_weight)
 
@@ -97,8 +98,9 @@ def contrastive_loss(
 ]:  # loss [], row_lse [n], col_lse [m], positive [n]; only the loss has a gradient
     # Autocast would round the logits to half precision.
     with torch.autocast(x.device.type, enabled=False):
-        row_lse, col_lse, positive = dispatch.get(backend).forward(x, y, scale, bias, 0)
-        loss = symmetric_cross_entropy(row_lse, col_lse, positive)
+        chosen = dispatch.get(backend)
+        row_lse, col_lse, positive = chosen.forward(x, y, scale, bias, 0)
+        loss = getattr(chosen, "symmetric_cross_entropy", symmetric_cross_entropy)(row_lse, col_lse, positive)
         if label_smoothing:
             loss = loss + label_smoothing * smoothing_term(x, y, scale, bias, positive)
         return loss.to(scale.dtype), row_lse, col_lse, positive
@@ -118,10 +120,10 @@ def contrastive_loss_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
     with torch.autocast(x.device.type, enabled=False):
-        row_weight, col_weight, positive_weight = (
-            gradient * weight for weight in symmetric_cross_entropy_weights(row_lse, col_lse, positive)
-        )
-        dx, dy, dscale = dispatch.get(backend).backward(
+        chosen = dispatch.get(backend)
+        weights = getattr(chosen, "symmetric_cross_entropy_weights", symmetric_cross_entropy_weights)
+        row_weight, col_weight, positive_weight = weights(row_lse, col_lse, positive, gradient)
+        dx, dy, dscale = chosen.backward(
             x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, 0
         )
         # db = sum_ij G_ij, and each exp(L_ij - lse) sums to 1 over its row or column.

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cross_entropy.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -68,9 +69,21 @@ PYBIND11_MODULE(_cpu, module) {
         const Kernels& kernels = kernels_named(isa);
         py::gil_scoped_release unlocked;
         return kernels.backward(block,
-                                {pointer(row_lse), pointer(row_weight), pointer(col_lse), pointer(col_weight),
-                                 pointer(positive_weight)},
+                                {pointer<double>(row_lse), pointer<double>(row_weight), pointer<double>(col_lse),
+                                 pointer<double>(col_weight), pointer<double>(positive_weight)},
                                 {pointer(dx), pointer(dy)}, threads);
+    });
+    module.def("symmetric_cross_entropy", [](std::uintptr_t row_lse, std::uintptr_t col_lse, std::uintptr_t positive,
+                                             index_t n) {
+        return symmetric_cross_entropy(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive), n);
+    });
+    module.def("symmetric_cross_entropy_weights", [](std::uintptr_t row_lse, std::uintptr_t col_lse,
+                                                     std::uintptr_t positive, index_t n, index_t m, double gradient,
+                                                     std::uintptr_t row_weight, std::uintptr_t col_weight,
+                                                     std::uintptr_t positive_weight) {
+        symmetric_cross_entropy_weights(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
+                                        n, m, gradient, pointer<double>(row_weight), pointer<double>(col_weight),
+                                        pointer<double>(positive_weight));
     });
     module.def("workspace_bytes", [](const std::string& isa, const std::string& dtype, index_t n, index_t m, index_t d,
                                      int threads) {

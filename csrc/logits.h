@@ -8,6 +8,7 @@
 // Included once per instruction set.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "buffer.h"
@@ -19,6 +20,24 @@ namespace {
 constexpr index_t kGroup = 64;  // rows of a group
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
+
+// A side's logsumexps in log2 units and weights, rounded to T so that weight' exp2(L - lse') = weight exp(L - lse) up to
+// one rounding of weight'. Where the weight is 0, lse' = inf makes every exponential 0, so that an infinite logit in a
+// column that the loss does not use does no harm.
+template <class T>
+struct Side {
+    const T *lse, *weight;
+
+    static void round(const double* lse, const double* weight, index_t begin, index_t end, T* lse_out, T* weight_out) {
+        for (index_t i = begin; i < end; ++i) {
+            const T rounded = weight[i] == 0 ? std::numeric_limits<T>::infinity() : T(lse[i] * kLog2e);
+            // Beyond any rounding of a meaningful logit it is float64's own rounding of a huge one.
+            const double gap = double(rounded) / kLog2e - lse[i];
+            lse_out[i] = rounded;
+            weight_out[i] = weight[i] == 0 ? T(0) : T(weight[i] * (std::fabs(gap) > 64 ? 1.0 : std::exp(gap)));
+        }
+    }
+};
 
 template <class T>
 constexpr T kMaxSpread = std::is_same_v<T, float> ? T(100) : T(900);
@@ -154,14 +173,14 @@ class Logits {
 
     // Replaces the group's logits, the first of which is at (first, column), by G.
     template <int NV>
-    CLIPFAST_NOINLINE static void to_gradient(const LogitGroup<NV>& group, const Weights& in, index_t first, index_t column) {
-        const T* row_lse = static_cast<const T*>(in.row_lse) + first;
-        const T* row_weight = static_cast<const T*>(in.row_weight) + first;
+    CLIPFAST_NOINLINE static void to_gradient(const LogitGroup<NV>& group, const Side<T>& rows, const Side<T>& cols,
+                                              const double* positive_weight, index_t first, index_t column) {
+        const T *row_lse = rows.lse + first, *row_weight = rows.weight + first;
         V col_lse[NV], col_weight[NV];
         for (int v = 0; v < NV; ++v) {
             const index_t count = group.cols - v * W;
-            col_lse[v] = Tiles::load_elements(static_cast<const T*>(in.col_lse) + column + v * W, 1, count);
-            col_weight[v] = Tiles::load_elements(static_cast<const T*>(in.col_weight) + column + v * W, 1, count);
+            col_lse[v] = Tiles::load_elements(cols.lse + column + v * W, 1, count);
+            col_weight[v] = Tiles::load_elements(cols.weight + column + v * W, 1, count);
         }
         if (group.narrow()) {
             const V shift = V{} + group.high;
@@ -188,8 +207,7 @@ class Logits {
                                         col_weight[v] * exp2<T, W>(logit - col_lse[v]));
                 }
         }
-        const T* positive_weight = static_cast<const T*>(in.positive_weight) + first;
-        group.for_positives([&](index_t i, T& logit) { logit = positive_weight[i]; });
+        group.for_positives([&](index_t i, T& logit) { logit = T(positive_weight[first + i]); });
     }
 
   private:

@@ -49,21 +49,23 @@ class Kernel {
     void forward(const Statistics& out) {
         const index_t n = block_.n(), m = block_.m();
         Team team(threads_);
-        Buffer<T> x_pack(chunk_rows_ * d_), y_pack(chunk_cols_ * d_), logits(threads_ * kGroup * kWidth);
+        Buffer<T> memory(forward_size());
+        T *x_pack = memory.take(chunk_rows_ * d_), *y_pack = memory.take(chunk_cols_ * d_);
+        T* logits = memory.take(threads_ * kGroup * kWidth);
         // A row's sums per panel of a chunk, a column's per block of rows.
         Sums<Isa, T> rows_sums(chunk_cols_ / kWidth, chunk_rows_);
         Sums<Isa, T> cols_sums(ceil_div(chunk_rows_, block_rows_), round_up(m, kWidth));
         std::fill(out.positive, out.positive + n, 0.0);
         for (index_t first = 0; first < n; first += chunk_rows_) {
             const index_t rows = std::min(chunk_rows_, n - first);
-            pack_left(team, first, rows, x_pack.get());
+            pack_left(team, first, rows, x_pack);
             rows_sums.clear();
             for (index_t column = 0; column < m; column += chunk_cols_) {
                 const index_t cols = std::min(chunk_cols_, m - column);
-                pack_right(team, column, cols, y_pack.get());
+                pack_right(team, column, cols, y_pack);
                 for_groups(team, first, rows, column, cols, [&](int worker, auto group, index_t row, index_t panel) {
-                    group.s = logits.get() + worker * kGroup * kWidth;
-                    logits_.form(group, x_pack.get() + row * d_, y_pack.get() + panel * kWidth * d_);
+                    group.s = logits + worker * kGroup * kWidth;
+                    logits_.form(group, x_pack + row * d_, y_pack + panel * kWidth * d_);
                     group.for_positives([&](index_t i, T& logit) {
                         out.positive[first + row + i] = double(logit) * kLn2;
                     });
@@ -85,28 +87,33 @@ class Kernel {
     double backward(const Weights& in, const Gradients& out) {
         const index_t n = block_.n(), m = block_.m(), width_d = round_up(d_, kWidth);
         Team team(threads_);
-        Buffer<T> x_pack(chunk_rows_ * d_), y_pack(chunk_cols_ * d_);
-        Buffer<T> x_rows(chunk_rows_ * width_d), y_rows(chunk_cols_ * width_d), gradient(chunk_rows_ * chunk_cols_);
-        Buffer<T> dx_apart(kApart ? chunk_rows_ * d_ : 0), dy_apart(kApart ? m * d_ : 0);
-        T* dy = kApart ? dy_apart.get() : static_cast<T*>(out.dy);
+        Buffer<T> memory(backward_size());
+        T *x_pack = memory.take(chunk_rows_ * d_), *y_pack = memory.take(chunk_cols_ * d_);
+        T *x_rows = memory.take(chunk_rows_ * width_d), *y_rows = memory.take(chunk_cols_ * width_d);
+        T* gradient = memory.take(chunk_rows_ * chunk_cols_);
+        T* dx_apart = kApart ? memory.take(chunk_rows_ * d_) : nullptr;
+        T* dy = kApart ? memory.take(m * d_) : static_cast<T*>(out.dy);
+        const Side<T> rows_side = round_side(team, in.row_lse, in.row_weight, n, memory);
+        const Side<T> cols_side = round_side(team, in.col_lse, in.col_weight, m, memory);
         clear(team, m, dy);
         std::vector<double> dots(ceil_div(n, kGroup));
         for (index_t first = 0; first < n; first += chunk_rows_) {
             const index_t rows = std::min(chunk_rows_, n - first);
-            T* dx = kApart ? dx_apart.get() : static_cast<T*>(out.dx) + first * d_;
+            T* dx = kApart ? dx_apart : static_cast<T*>(out.dx) + first * d_;
             clear(team, rows, dx);
-            pack_left(team, first, rows, x_pack.get());
-            pack_rows(team, block_.x, first, rows, chunk_rows_, x_rows.get());
+            pack_left(team, first, rows, x_pack);
+            pack_rows(team, block_.x, first, rows, chunk_rows_, x_rows);
             for (index_t column = 0; column < m; column += chunk_cols_) {
                 const index_t cols = std::min(chunk_cols_, m - column);
-                pack_right(team, column, cols, y_pack.get());
-                pack_rows(team, block_.y, column, cols, chunk_cols_, y_rows.get());
+                pack_right(team, column, cols, y_pack);
+                pack_rows(team, block_.y, column, cols, chunk_cols_, y_rows);
                 for_groups(team, first, rows, column, cols, [&](int, auto group, index_t row, index_t panel) {
-                    group.s = gradient.get() + (panel * chunk_rows_ + row) * kWidth;
-                    logits_.form(group, x_pack.get() + row * d_, y_pack.get() + panel * kWidth * d_);
-                    logits_.to_gradient(group, in, first + row, column + panel * kWidth);
+                    group.s = gradient + (panel * chunk_rows_ + row) * kWidth;
+                    logits_.form(group, x_pack + row * d_, y_pack + panel * kWidth * d_);
+                    logits_.to_gradient(group, rows_side, cols_side, in.positive_weight, first + row,
+                                        column + panel * kWidth);
                 });
-                add_products(team, rows, cols, gradient.get(), x_rows.get(), y_rows.get(), dx, dy + column * d_);
+                add_products(team, rows, cols, gradient, x_rows, y_rows, dx, dy + column * d_);
             }
             team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
                 const index_t row = group * kGroup;
@@ -124,14 +131,30 @@ class Kernel {
         return dscale;
     }
 
-    // What a backward pass holds at most, apart from its outputs.
-    index_t workspace_bytes() const {
-        const index_t apart = kApart ? (chunk_rows_ + block_.m()) * d_ : 0;
-        const index_t packs = (chunk_rows_ + chunk_cols_) * (d_ + round_up(d_, kWidth));
-        return index_t{sizeof(T)} * (chunk_rows_ * chunk_cols_ + packs + apart);
-    }
+    // What a pass holds at most, apart from its outputs.
+    index_t workspace_bytes() const { return index_t{sizeof(T)} * std::max(forward_size(), backward_size()); }
 
   private:
+    // In numbers of type T, all buffers that grow with the block.
+    index_t forward_size() const {
+        return (chunk_rows_ + chunk_cols_) * d_ + threads_ * kGroup * kWidth + kBufferSlack<T>;
+    }
+    index_t backward_size() const {
+        const index_t apart = kApart ? (chunk_rows_ + block_.m()) * d_ : 0;
+        const index_t packs = (chunk_rows_ + chunk_cols_) * (d_ + round_up(d_, kWidth));
+        const index_t sides = 2 * (block_.n() + block_.m());
+        return chunk_rows_ * chunk_cols_ + packs + apart + sides + kBufferSlack<T>;
+    }
+
+    static Side<T> round_side(Team& team, const double* lse, const double* weight, index_t count, Buffer<T>& memory) {
+        T *rounded_lse = memory.take(count), *rounded_weight = memory.take(count);
+        team.for_each(ceil_div(count, kBlockRows), [&](int, index_t task) {
+            const index_t begin = task * kBlockRows, end = std::min(count, begin + kBlockRows);
+            Side<T>::round(lse, weight, begin, end, rounded_lse, rounded_weight);
+        });
+        return {rounded_lse, rounded_weight};
+    }
+
     // Rows of x as the left operand of x y^T: [row / kRows][d][kRows].
     void pack_left(Team& team, index_t first, index_t rows, T* out) const {
         team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
@@ -258,9 +281,7 @@ class Kernel {
                 const V row = Tiles::load_elements(Tiles::template element<Element>(block_.x, first + i, c),
                                                    block_.x.col_stride, d_ - c);
                 dot += __builtin_convertvector(product, Double) * __builtin_convertvector(row, Double);
-                const V scaled = scale_ * product;
-                for (index_t l = 0; l < std::min<index_t>(W, d_ - c); ++l)
-                    dx[(first + i) * d_ + c + l] = store<Element>(T(scaled[l]));
+                Tiles::store_elements(dx + (first + i) * d_ + c, scale_ * product, d_ - c);
             }
         }
         return reduce<double, W>(dot, [](auto a, auto b) { return a + b; });

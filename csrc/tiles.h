@@ -94,6 +94,17 @@ struct Tile {
         return load_vector<V>(lanes);
     }
 
+    template <class Element>
+    static CLIPFAST_INLINE void store_elements(Element* p, V v, index_t count) {
+        T lanes[W];
+        store_vector(lanes, v);
+        if (count >= W) {
+            for (int l = 0; l < W; ++l) p[l] = store<Element>(lanes[l]);
+        } else {
+            for (index_t l = 0; l < count; ++l) p[l] = store<Element>(lanes[l]);
+        }
+    }
+
     // out[r / Width][c][r % Width] = a[row + r][c] for r in [0, rows). Up to W rows more are written, with zeros.
     template <class Element, int Width>
     static void pack_transposed(const Matrix& a, index_t row, index_t rows, T* out) {

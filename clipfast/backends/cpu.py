@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clipfast.problem import Problem, round_statistics
+from clipfast.problem import Problem
 
 try:
     from clipfast import _cpu
@@ -27,8 +26,6 @@ except ImportError as error:
 NAME = "cpu"
 
 ENVIRONMENT_VARIABLE = "CLIPFAST_CPU_ISA"
-
-LOG2_E = math.log2(math.e)
 
 
 def instruction_sets() -> dict[str, bool]:
@@ -103,9 +100,9 @@ def backward(
     positive_weight: Tensor,  # [n]
     diag_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, row_weight = round_statistics(row_lse, row_weight, scale.dtype, log_unit=LOG2_E)
-    col_lse, col_weight = round_statistics(col_lse, col_weight, scale.dtype, log_unit=LOG2_E)
-    positive_weight = positive_weight.to(scale.dtype).contiguous()
+    row_lse, col_lse, row_weight, col_weight, positive_weight = (
+        t.contiguous() for t in (row_lse, col_lse, row_weight, col_weight, positive_weight)
+    )
     dx, dy = x.new_empty(x.shape), y.new_empty(y.shape)
     dscale = _cpu.backward(
         instruction_set(),
@@ -120,6 +117,30 @@ def backward(
         torch.get_num_threads(),
     )
     return dx, dy, scale.new_full((), dscale)
+
+
+def symmetric_cross_entropy(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> Tensor:  # [n], [m], [n] -> []
+    loss = _cpu.symmetric_cross_entropy(row_lse.data_ptr(), col_lse.data_ptr(), positive.data_ptr(), len(positive))
+    return row_lse.new_full((), loss)
+
+
+def symmetric_cross_entropy_weights(
+    row_lse: Tensor,  # [n]
+    col_lse: Tensor,  # [m]
+    positive: Tensor,  # [n]
+    gradient: Tensor,  # []
+) -> tuple[Tensor, Tensor, Tensor]:  # [n], [m], [n]
+    weights = torch.empty_like(row_lse), torch.empty_like(col_lse), torch.empty_like(positive)
+    _cpu.symmetric_cross_entropy_weights(
+        row_lse.data_ptr(),
+        col_lse.data_ptr(),
+        positive.data_ptr(),
+        len(row_lse),
+        len(col_lse),
+        gradient.item(),
+        *(weight.data_ptr() for weight in weights),
+    )
+    return weights
 
 
 def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int) -> _cpu.Block:
