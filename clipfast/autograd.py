@@ -46,7 +46,9 @@ def symmetric_cross_entropy_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [n], [m], [n]
     """The derivatives of the symmetric cross-entropy by row_lse, col_lse and positive, times `gradient`."""
     n = positive.shape[0]
-    row_weight, own_col_weight = (gradient * margin.sigmoid() / (2 * n) for margin in margins(row_lse, col_lse, positive))
+    row_weight, own_col_weight = (
+        gradient * margin.sigmoid() / (2 * n) for margin in margins(row_lse, col_lse, positive)
+    )
     col_weight = torch.nn.functional.pad(own_col_weight, (0, col_lse.shape[0] - n))
     return row_weight, col_weight, -(row_weight + own_col_weight)
 

@@ -54,8 +54,8 @@ def positive_rows(n: int, m: int, diag_offset: int) -> tuple[int, int]:
 def round_statistics(lse: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A logsumexp in `dtype` and a weight that makes up for the rounding.
 
-    weight' exp(L - lse') = weight exp(L - lse) up to one rounding of weight'. Where the weight is 0, lse' = inf makes every exponential 0, so that an infinite logit in a column
-    that the loss does not use does no harm.
+    weight' exp(L - lse') = weight exp(L - lse) up to one rounding of weight'. Where the weight is 0, lse' = inf makes
+    every exponential 0, so that an infinite logit in a column that the loss does not use does no harm.
     """
     unused = weight == 0
     rounded = lse.to(dtype)
