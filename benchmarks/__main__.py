@@ -1,4 +1,4 @@
-"""`python -m benchmarks [run | report | memory]`: measure, draw, and put the figures into README.md."""
+"""`python -m benchmarks [run | gpu | report | memory]`: measure, draw, and put the figures into README.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import compare, environment, memory, report
+from benchmarks import compare, environment, gpu, memory, report
 from benchmarks.cases import DTYPES, Case
 from benchmarks.run import Runner
 
@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.add_argument("--only", default="", metavar="NAME", help="only candidates whose name holds this text")
     measure.add_argument("--base", metavar="REF", help="time the working tree against a git revision instead")
     measure.set_defaults(call=run)
+    device = commands.add_parser("gpu", help="check, sanitize and time on this machine's GPU; goes on where it stopped")
+    device.add_argument("--budget", type=float, default=gpu.BUDGET, metavar="SECONDS", help="default: %(default)s")
+    device.add_argument("--tune", action="store_true", help="search for better tile shapes instead of timing")
+    device.set_defaults(call=lambda options: gpu.main(options.budget, options.tune, tqdm.write))
     draw = commands.add_parser("report", help="plots, and README.md's tables, from the committed results")
     draw.set_defaults(call=lambda options: report.main())
     bytes_ = commands.add_parser("memory", help="memory of the loss against the batch size, for README.md")

@@ -7,6 +7,7 @@ vectors over the batch: O((n + m) d) bytes.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from clipfast import dispatch
+from clipfast.norms import l2_normalize, norm_factors, through_norms
 from clipfast.problem import accumulation_dtype, statistics_dtype
 
 
@@ -81,6 +83,38 @@ def _add_smoothing_gradients(
     return weight * (own - (mean_x * mean_y).sum())
 
 
+def _add_smoothing_gradients_through_norms(
+    weight: Tensor,  # []
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    factors: tuple[Tensor, ...],  # [n], [m]
+    scale: Tensor,  # []
+    dx: Tensor,  # [n, d], added to
+    dy: Tensor,  # [m, d], added to
+) -> Tensor:  # []
+    """`_add_smoothing_gradients` of the normalized rows, by x and y."""
+    by_rows = scale.new_zeros(x.shape), scale.new_zeros(y.shape)
+    dscale = _add_smoothing_gradients(weight, l2_normalize(x), l2_normalize(y), scale, *by_rows)
+    for total, gradient, features, factor in zip((dx, dy), by_rows, (x, y), factors, strict=True):
+        total += through_norms(gradient, features, factor)
+    return dscale
+
+
+def _operands(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    normalize: bool,
+    backend: ModuleType,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """x and y as the backend takes them, and their row factors if it is the one to normalize.
+
+    The normalized rows that other backends take are made anew for the backward pass, so that none keeps a copy.
+    """
+    if normalize and backend.folds_norms(x.dtype):
+        return x, y, (norm_factors(x), norm_factors(y))
+    return (l2_normalize(x), l2_normalize(y), ()) if normalize else (x, y, ())
+
+
 def _mean_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, d], [m, d] -> [d], [d]
     n, accumulator = x.shape[0], accumulation_dtype(x.dtype)
     mean_y = (y.mean(dim=0, dtype=accumulator) + y[:n].mean(dim=0, dtype=accumulator)) / 2
@@ -93,6 +127,7 @@ def contrastive_loss(
     y: Tensor,  # [m, d], m >= n
     scale: Tensor,  # []
     bias: Tensor,  # []
+    normalize: bool,
     label_smoothing: float,
     backend: str,
 ) -> tuple[
@@ -101,10 +136,13 @@ def contrastive_loss(
     # Autocast would round the logits to half precision.
     with torch.autocast(x.device.type, enabled=False):
         chosen = dispatch.get(backend)
-        row_lse, col_lse, positive = chosen.forward(x, y, scale, bias, 0)
+        rows_x, rows_y, factors = _operands(x, y, normalize, chosen)
+        row_lse, col_lse, positive = chosen.forward(rows_x, rows_y, scale, bias, 0, *factors)
         loss = getattr(chosen, "symmetric_cross_entropy", symmetric_cross_entropy)(row_lse, col_lse, positive)
         if label_smoothing:
-            loss = loss + label_smoothing * smoothing_term(x, y, scale, bias, positive)
+            if factors:
+                rows_x, rows_y = l2_normalize(x), l2_normalize(y)
+            loss = loss + label_smoothing * smoothing_term(rows_x, rows_y, scale, bias, positive)
         return loss.to(scale.dtype), row_lse, col_lse, positive
 
 
@@ -118,26 +156,32 @@ def contrastive_loss_backward(
     row_lse: Tensor,  # [n]
     col_lse: Tensor,  # [m]
     positive: Tensor,  # [n]
+    normalize: bool,
     label_smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
     with torch.autocast(x.device.type, enabled=False):
         chosen = dispatch.get(backend)
-        weights = getattr(chosen, "symmetric_cross_entropy_weights", symmetric_cross_entropy_weights)
-        row_weight, col_weight, positive_weight = weights(row_lse, col_lse, positive, gradient)
-        dx, dy, dscale = chosen.backward(
-            x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, 0
-        )
+        rows_x, rows_y, factors = _operands(x, y, normalize, chosen)
+        weights_of = getattr(chosen, "symmetric_cross_entropy_weights", symmetric_cross_entropy_weights)
+        weights = row_weight, col_weight, positive_weight = weights_of(row_lse, col_lse, positive, gradient)
+        dx, dy, dscale = chosen.backward(rows_x, rows_y, scale, bias, row_lse, col_lse, *weights, 0, *factors)
         # db = sum_ij G_ij, and each exp(L_ij - lse) sums to 1 over its row or column.
         dbias = row_weight.sum() + col_weight.sum() + positive_weight.sum()
         if label_smoothing:
-            dscale = dscale + _add_smoothing_gradients(label_smoothing * gradient, x, y, scale, dx, dy)
+            weight = label_smoothing * gradient
+            if factors:
+                dscale = dscale + _add_smoothing_gradients_through_norms(weight, x, y, factors, scale, dx, dy)
+            else:
+                dscale = dscale + _add_smoothing_gradients(weight, rows_x, rows_y, scale, dx, dy)
+        if normalize and not factors:
+            dx, dy = (through_norms(g, t, norm_factors(t)).to(t.dtype) for g, t in ((dx, x), (dy, y)))
         return dx, dy, dscale, dbias.to(bias.dtype)
 
 
 @contrastive_loss.register_fake
 def _(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, label_smoothing: float, backend: str
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, normalize: bool, label_smoothing: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row_lse, col_lse, positive = (
         x.new_empty(size, dtype=statistics_dtype(x.device)) for size in (x.shape[0], y.shape[0], x.shape[0])
@@ -151,15 +195,15 @@ def _(gradient: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *_: A
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, bias, ctx.label_smoothing, ctx.backend = inputs
+    x, y, scale, bias, *ctx.options = inputs
     _, *statistics = output
     ctx.mark_non_differentiable(*statistics)
     ctx.save_for_backward(x, y, scale, bias, *statistics)
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients = contrastive_loss_backward(gradient, *ctx.saved_tensors, ctx.label_smoothing, ctx.backend)
-    return *gradients, None, None
+    gradients = contrastive_loss_backward(gradient, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None
 
 
 def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:

@@ -8,11 +8,11 @@ from types import ModuleType
 
 import torch
 
-from clipfast.backends import cpu, torch as torch_backend
+from clipfast.backends import cpu, torch as torch_backend, triton
 from clipfast.problem import Problem
 
-# `auto` takes the first that reports no reason against itself, so the order is the order of speed.
-BACKENDS: tuple[ModuleType, ...] = (cpu, torch_backend)
+# `auto` takes the first without a reason against itself, so the order is the order of speed.
+BACKENDS: tuple[ModuleType, ...] = (triton, cpu, torch_backend)
 
 ENVIRONMENT_VARIABLE = "CLIPFAST_BACKEND"
 
@@ -43,11 +43,17 @@ def select(problem: Problem, backend: str = "auto") -> str:
     chosen = BACKENDS if backend == "auto" else (get(backend),)
     refusals = []
     for candidate in chosen:
-        reasons = candidate.unsupported_reasons(problem)
+        reasons = _reasons_against(candidate, problem, backend)
         if not reasons:
             return str(candidate.NAME)
         refusals += [f"{candidate.NAME}: {reason}" for reason in reasons]
     raise ValueError(f"backend: {backend!r} cannot run this problem. " + "; ".join(refusals))
+
+
+def _reasons_against(candidate: ModuleType, problem: Problem, backend: str) -> tuple[str, ...]:
+    """Why the candidate does not compute the problem; one that is named needs to be able to, and no more."""
+    reasons: tuple[str, ...] = candidate.unsupported_reasons(problem)
+    return reasons if backend == candidate.NAME else reasons + candidate.reasons_against_auto(problem)
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, ...]]:
@@ -108,7 +114,7 @@ def explain(
     return Explanation(
         problem=problem,
         chosen=chosen,
-        refused={b.NAME: b.unsupported_reasons(problem) or ("not asked for",) for b in before},
+        refused={b.NAME: _reasons_against(b, problem, "auto") or ("not asked for",) for b in before},
         saved_bytes=problem.saved_bytes,
         workspace_bytes=get(chosen).workspace_bytes(problem),
         gradient_bytes=problem.input_bytes,

@@ -76,16 +76,8 @@ def contrastive_loss(
         raise TypeError(f"backend: got {_name(backend)}; accepted is a name from clipfast.backends()")
     backend = dispatch.select(Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device), backend)
 
-    if normalize:
-        x, y = l2_normalize(x), l2_normalize(y)
-    loss: Tensor = autograd.contrastive_loss(x, y, scale, bias, label_smoothing, backend)[0]
+    loss: Tensor = autograd.contrastive_loss(x, y, scale, bias, normalize, label_smoothing, backend)[0]
     return loss
-
-
-def l2_normalize(features: Tensor) -> Tensor:
-    """Rows of length 1 in the features' dtype, with norms in the accumulation dtype; a zero row stays zero."""
-    norms: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=accumulation_dtype(features.dtype))
-    return (features / norms.clamp_min(1e-12)).to(features.dtype)
 
 
 def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

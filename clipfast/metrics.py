@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clipfast.functional import l2_normalize, matched_features
+from clipfast.functional import matched_features
+from clipfast.norms import l2_normalize
 
 CHUNK_BYTES = 16 << 20  # of similarities held at a time
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipfast.functional import contrastive_loss, l2_normalize
+from clipfast.functional import contrastive_loss
+from clipfast.norms import l2_normalize
 
 
 class ContrastiveLoss(nn.Module):

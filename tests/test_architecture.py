@@ -1,4 +1,4 @@
-"""Data goes one way: modules -> functional -> autograd -> dispatch -> backends -> compiled code."""
+"""Data goes one way: modules -> functional -> autograd -> dispatch -> backends -> kernels and compiled code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ PACKAGE = Path(clipfast.__file__).parent
 
 # Each layer may import the layers below it, never one above or beside it.
 LAYERS = (
-    {"problem", "reference", "_cpu"},
-    {"backends", "backends.torch", "backends.cpu"},
+    {"problem", "reference", "tuning", "_cpu"},
+    {"kernels", "kernels.tiles", "norms"},
+    {"kernels.statistics", "kernels.gradient", "kernels.vectors"},
+    {"kernels.launch"},
+    {"backends", "backends.torch", "backends.cpu", "backends.triton"},
     {"dispatch"},
     {"autograd"},
     {"functional"},

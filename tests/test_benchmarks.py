@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, compare, environment, memory, report, run
+from benchmarks import baselines, compare, environment, gpu, memory, report, run
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, grid, inputs
 
@@ -188,6 +188,70 @@ def test_an_unknown_base_is_refused() -> None:
 def test_base_compares_two_installations(tmp_path: Path) -> None:
     compare.install(environment.ROOT, tmp_path)
     assert 0 < compare.seconds(tmp_path, 16, 8, "float32") < 1
+
+
+IDENTITY = {"device": "a GPU", "versions": {"torch": "2"}, "commit": "0123", "uncommitted_changes": False}
+
+
+def test_gpu_stages_are_done_once_and_in_order(tmp_path: Path) -> None:
+    calls: list[str] = []
+    healthy = False
+
+    def stage(name: str) -> gpu.Stage:
+        def call(seconds: float) -> str:
+            calls.append(name)
+            if name == "memcheck" and not healthy:
+                raise gpu.StageError("invalid read")
+            return "fine"
+
+        return gpu.Stage(name, call)
+
+    def attempt(budget: float = 60, **changes: Any) -> list[str]:
+        lines: list[str] = []
+        calls.clear()
+        record = gpu.Record(tmp_path / "gpu" / "record.json", IDENTITY | changes)
+        gpu.run_stages(map(stage, ("check", "memcheck", "measure")), record, budget, lines.append)
+        return lines
+
+    with pytest.raises(gpu.StageError, match="invalid read"):
+        attempt()
+    assert calls == ["check", "memcheck"]
+    healthy = True
+    with pytest.raises(gpu.StageError, match="memcheck: the budget of 0 s is spent; call again"):
+        attempt(budget=0)
+    assert attempt()[0] == "check: already done"
+    assert calls == ["memcheck", "measure"]
+    assert attempt() == [f"{name}: already done" for name in ("check", "memcheck", "measure")]
+    assert json.loads((tmp_path / "gpu" / "record.json").read_text())["stages"]["measure"]["line"] == "fine"
+    for change in ({"commit": "4567"}, {"uncommitted_changes": True}, {"uncommitted_changes": True}):
+        attempt(**change)
+        assert calls == ["check", "memcheck", "measure"]
+
+
+def test_gpu_commands_fail_with_the_end_of_their_output() -> None:
+    assert gpu.command([sys.executable, "-c", "print('here')"], 60) == "here\n"
+    with pytest.raises(gpu.StageError, match=r"(?s)exit status 1:\nTraceback.*ValueError: wrong"):
+        gpu.command([sys.executable, "-c", "raise ValueError('wrong')"], 60)
+    with pytest.raises(gpu.StageError, match="took more than 1 s:\nhere"):
+        gpu.command([sys.executable, "-uc", "import time; print('here'); time.sleep(60)"], 1)
+
+
+def test_gpu_run_without_a_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.sanitize("memcheck", 60) == "skipped, compute-sanitizer is not installed"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_run_without_a_gpu() -> None:
+    with pytest.raises(SystemExit, match="torch finds no CUDA or ROCm GPU here"):
+        main(["gpu"])
+
+
+def test_the_sanitized_program_runs() -> None:
+    """Through the interpreter, on the CPU."""
+    pytest.importorskip("triton")
+    program = gpu.SANITIZED.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", "")
+    gpu.command([sys.executable, "-c", program], 300, TRITON_INTERPRET="1")
 
 
 def test_the_chunked_gemm_baseline_is_right() -> None:

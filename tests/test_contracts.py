@@ -154,15 +154,18 @@ def test_autocast_encoder_trains(backend: str) -> None:
     assert tower.weight.grad.dtype == torch.float32
 
 
+def normalize_then_loss(x: Tensor, y: Tensor, s: Tensor, b: Tensor, **options: float) -> Tensor:
+    return reference.contrastive_loss(reference.l2_normalize(x), reference.l2_normalize(y), s, b, **options)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_normalize(backend: str, dtype: torch.dtype) -> None:
+def test_normalize(backend: str, dtype: torch.dtype, smoothing: float) -> None:
     x, y = features("unnormalized", 33, 40, 21, dtype)
-
-    def normalized(x: Tensor, y: Tensor, s: Tensor, b: Tensor) -> Tensor:
-        return reference.contrastive_loss(reference.l2_normalize(x), reference.l2_normalize(y), s, b)
-
-    exact = evaluate(normalized, x.double(), y.double(), 14.3, scalar_dtype=torch.float64)
-    got = ours(x, y, 14.3, normalize=True, backend=backend)
+    exact = evaluate(
+        normalize_then_loss, x.double(), y.double(), 14.3, scalar_dtype=torch.float64, label_smoothing=smoothing
+    )
+    got = ours(x, y, 14.3, normalize=True, label_smoothing=smoothing, backend=backend)
     for name in ("loss", "dx", "dy", "dscale"):
         bound = 8 * torch.finfo(dtype).eps * max(1.0, getattr(exact, name).abs().max().item())
         assert error(getattr(got, name), getattr(exact, name)) <= bound, name
@@ -171,8 +174,34 @@ def test_normalize(backend: str, dtype: torch.dtype) -> None:
 def test_normalize_keeps_a_zero_row_zero(backend: str) -> None:
     x, y = features("unnormalized", 8, 8, 5)
     x[2] = 0
+    exact = evaluate(normalize_then_loss, x.double(), y.double(), 14.3, scalar_dtype=torch.float64, label_smoothing=0.1)
+    got = ours(x, y, 14.3, normalize=True, label_smoothing=0.1, backend=backend)
+    for name in ("loss", "dscale"):
+        assert error(getattr(got, name), getattr(exact, name)) <= 1e-5, name
+    assert exact.dx[2].abs().max() > 1e9
+    for name in ("dx", "dy"):
+        rows, exact_rows = getattr(got, name), getattr(exact, name)
+        assert ((rows - exact_rows).norm(dim=1) <= 1e-5 * exact_rows.norm(dim=1) + 1e-7).all(), name
+
+
+@pytest.mark.parametrize("length", [1e-3, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_normalize_takes_rows_of_any_length(backend: str, dtype: torch.dtype, length: float) -> None:
+    """float16 holds neither 1 / (|x| |y|) nor the gradient by it for each of these."""
+    x, y = (t * length for t in features("unnormalized", 33, 40, 21, dtype))
+    x[::2] /= 4
+    exact = evaluate(normalize_then_loss, x.double(), y.double(), 14.3, scalar_dtype=torch.float64)
     got = ours(x, y, 14.3, normalize=True, backend=backend)
-    assert all(getattr(got, name).isfinite().all() for name in NAMES)
+    eps = torch.finfo(dtype).eps
+    assert error(got.loss, exact.loss) <= 8 * eps
+    for name in ("dx", "dy"):
+        assert error(getattr(got, name), getattr(exact, name)) <= 8 * eps * max(1, 1 / length), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_normalize_saves_no_copy(backend: str, dtype: torch.dtype) -> None:
+    x, y = (t.requires_grad_() for t in features("unnormalized", 256, 300, 64, dtype))
+    assert saved_bytes(x, y, backend, normalize=True) == saved_bytes(x, y, backend)
 
 
 @pytest.mark.parametrize("which", [0, 1])

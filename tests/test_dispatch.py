@@ -26,10 +26,23 @@ def run(program: str, **environment: str) -> str:
     ).stdout.strip()
 
 
-def test_auto_takes_the_first_without_a_reason() -> None:
+def test_auto_takes_the_first_without_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reasons = clipfast.backends()
     assert tuple(reasons) == dispatch.names()
     assert clipfast.explain(100, 8).chosen == next(name for name in reasons if not reasons[name])
+
+
+def test_interpreted_kernels_run_only_when_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert clipfast.backends()["triton"] == ()
+    assert clipfast.explain(100, 8, backend="triton").chosen == "triton"
+    explanation = clipfast.explain(100, 8)
+    assert explanation.chosen != "triton"
+    assert "not triton: interprets its kernels, slowly, because TRITON_INTERPRET is set" in str(explanation)
+    monkeypatch.setenv("CLIPFAST_BACKEND", "triton")
+    assert clipfast.explain(100, 8).chosen == "triton"
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:

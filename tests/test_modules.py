@@ -104,13 +104,14 @@ def test_projection_head_is_the_paper() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     "test", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
 )
-def test_opcheck(backend: str, test: str, dtype: torch.dtype) -> None:
+def test_opcheck(backend: str, test: str, normalize: bool, dtype: torch.dtype) -> None:
     x, y = (t.requires_grad_() for t in features("trained", 5, 7, 4, dtype))
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.5))
-    torch.library.opcheck(autograd.contrastive_loss, (x, y, scale, bias, 0.1, backend), test_utils=test)
+    torch.library.opcheck(autograd.contrastive_loss, (x, y, scale, bias, normalize, 0.1, backend), test_utils=test)
 
 
 def test_compiles_as_one_graph_with_a_dynamic_batch(backend: str) -> None:

@@ -1,9 +1,11 @@
 """One module per backend; `clipfast.dispatch.BACKENDS` lists them in order of preference.
 
-Every backend holds the same five names:
+Every backend holds the same seven names:
 
     NAME
     unsupported_reasons(problem) -> tuple of sentences, empty if it can run
+    reasons_against_auto(problem) -> tuple of sentences why it runs only when it is named, though it can run; else empty
+    folds_norms(dtype) -> whether forward and backward take 1 / |x_i| and 1 / |y_j| as two more arguments
     workspace_bytes(problem) -> predicted peak of its temporaries in forward and backward, outputs excluded
     forward(x, y, scale, bias, diag_offset) -> row_lse [n], col_lse [m], positive [n]
     backward(x, y, scale, bias, row_lse, col_lse, row_weight, col_weight, positive_weight, diag_offset)
@@ -23,6 +25,9 @@ where one call is to take the place of many small ones.
 
 Leaving the positive out of the logsumexps is what keeps a well-trained model's loss and gradient precise: there
 P_ii is 1 - 1e-9, and P_ii - 1 taken from a rounded logsumexp would be noise. Here it never is a difference.
+
+With factors f [n] and g [m] at the end of their arguments, forward and backward take f_i x_i and g_j y_j for x and y;
+dx and dy remain gradients by x and y, through the norms (clipfast/norms.py).
 
 x and y have one dtype, which dx and dy have too; scale, bias and dscale are 0-D in its accumulation dtype; statistics
 and weights have `statistics_dtype`. Blocks merge: logaddexp over their logsumexps, sum over their positives.

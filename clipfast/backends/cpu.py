@@ -63,6 +63,14 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def reasons_against_auto(problem: Problem) -> tuple[str, ...]:
+    return ()
+
+
+def folds_norms(dtype: torch.dtype) -> bool:
+    return False
+
+
 def workspace_bytes(problem: Problem) -> int:
     return _cpu.workspace_bytes(
         instruction_set(), _name(problem.dtype), problem.n, problem.m, problem.d, torch.get_num_threads()

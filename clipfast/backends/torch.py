@@ -25,6 +25,14 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     return ()
 
 
+def reasons_against_auto(problem: Problem) -> tuple[str, ...]:
+    return ()
+
+
+def folds_norms(dtype: torch.dtype) -> bool:
+    return False
+
+
 def workspace_bytes(problem: Problem) -> int:
     itemsize = accumulation_dtype(problem.dtype).itemsize
     chunks = 2 * min(problem.n, _chunk_rows(problem.m, itemsize)) * problem.m * itemsize

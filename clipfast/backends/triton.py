@@ -1,0 +1,153 @@
+"""Triton kernels on NVIDIA and AMD GPUs; with TRITON_INTERPRET=1 the same kernels on CPU tensors, slowly, for tests.
+
+triton is imported when the first problem is computed, not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from clipfast import tuning
+from clipfast.problem import Problem
+
+NAME = "triton"
+
+MIN_TRITON = (3, 5)
+MIN_CAPABILITY = (8, 0)
+ROCM_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950")
+MAX_ROWS = 2**31 - 1024  # row numbers are 32-bit in the kernels, up to the end of the last tile; offsets are 64-bit
+
+
+def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
+    reasons = list(_missing(problem.device))
+    if problem.dtype == torch.float64:
+        reasons.append("float64 goes to the torch backend: these kernels accumulate in float32")
+    for name, rows in (("n", problem.n), ("m", problem.m)):
+        if rows > MAX_ROWS:
+            reasons.append(f"{name} = {rows} is more than the {MAX_ROWS} rows that its kernels can number")
+    return tuple(reasons)
+
+
+def reasons_against_auto(problem: Problem) -> tuple[str, ...]:
+    return ("interprets its kernels, slowly, because TRITON_INTERPRET is set",) if _interpreted() else ()
+
+
+def folds_norms(dtype: torch.dtype) -> bool:
+    # G is stored with the factors in it, and float16 has no range for them.
+    return dtype != torch.float16
+
+
+def workspace_bytes(problem: Problem) -> int:
+    n, m, d = problem.n, problem.m, problem.d
+    device = tuning.describe(problem.device)
+    rounded = problem.dtype == torch.float32 and tuning.float32_product(device) == "bf16"
+    itemsize = 2 if rounded else problem.dtype.itemsize
+    statistics, gradient = (tuning.choose(kernel, device, itemsize, d).config for kernel in ("statistics", "gradient"))
+    programs_m, programs_n = tuning.program_grid(n, m, statistics, device.processors)
+    scratch = programs_m * programs_n * statistics.tile_scratch
+    forward = 4 * (2 * programs_n * n + 4 * programs_m * m + n + scratch)
+    rows, cols = tuning.chunk_shape(n, m, itemsize, tuning.WORKSPACE_BYTES)
+    programs = tuning.persistent_programs(rows, cols, gradient, device.processors)
+    totals = (rows + m) * d if problem.dtype != torch.float32 else 0
+    backward = rows * tuning.padded(cols) * itemsize + 4 * (4 * (n + m) + totals)
+    backward += programs * (8 + 4 * gradient.tile_scratch)
+    return max(forward, backward) + (2 * (n + m) * d if rounded else 0)
+
+
+def forward(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    diag_offset: int,
+    x_factor: Tensor | None = None,  # [n]
+    y_factor: Tensor | None = None,  # [m]
+) -> tuple[Tensor, Tensor, Tensor]:
+    from clipfast.kernels import launch
+
+    return launch.forward(x, y, scale, bias, diag_offset, x_factor, y_factor)
+
+
+def backward(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    row_lse: Tensor,  # [n]
+    col_lse: Tensor,  # [m]
+    row_weight: Tensor,  # [n]
+    col_weight: Tensor,  # [m]
+    positive_weight: Tensor,  # [n]
+    diag_offset: int,
+    x_factor: Tensor | None = None,  # [n]
+    y_factor: Tensor | None = None,  # [m]
+) -> tuple[Tensor, Tensor, Tensor]:
+    from clipfast.kernels import launch
+
+    weights = (row_weight, col_weight, positive_weight)
+    return launch.backward(x, y, scale, bias, row_lse, col_lse, *weights, diag_offset, x_factor, y_factor)
+
+
+def _missing(device: torch.device) -> tuple[str, ...]:
+    """Why no problem at all runs on this device."""
+    if importlib.util.find_spec("triton") is None:
+        return ("triton is not installed: pip install clipfast[triton]",)
+    reasons = []
+    version = _triton_version()
+    if version < MIN_TRITON:
+        reasons.append(f"triton {_dotted(version)} is too old: {_dotted(MIN_TRITON)} or newer is needed")
+    if _interpreted():
+        if device.type != "cpu":
+            reasons.append(f"TRITON_INTERPRET is set, which takes CPU tensors only; the inputs are on {device}")
+    elif not torch.cuda.is_available():
+        reasons.append("no CUDA or ROCm GPU is available to torch (TRITON_INTERPRET=1 runs the kernels on CPU tensors)")
+    elif device.type != "cuda":
+        reasons.append(f"runs on GPU tensors only, the inputs are on {device}")
+    else:
+        reasons += _device_reasons(device)
+    return tuple(reasons)
+
+
+# What is installed does not change, and torch.compile cannot trace the look-up. This is what
+# torch.compiler.assume_constant_result does, which would import the compiler, 900 modules.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _device_reasons(device: torch.device) -> tuple[str, ...]:
+    if torch.version.hip:
+        architecture = _rocm_architecture(device)
+        if architecture not in ROCM_ARCHITECTURES:
+            return (f"{device} is {architecture}; accepted are {', '.join(ROCM_ARCHITECTURES)}",)
+    else:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return (f"{device} has compute capability {_dotted(capability)}; {_dotted(MIN_CAPABILITY)} is needed",)
+    return ()
+
+
+def _rocm_architecture(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    # ROCm's and nightly builds of torch bring triton under other distribution names.
+    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return tuple(int(part) for part in metadata.version(distribution).split(".")[:2])
+    return MIN_TRITON
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,176 @@
+"""What surrounds the products in the backward pass, in O((n + m) d): the vectors that G needs, and dx from H y."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from clipfast.kernels.tiles import INFINITY, LARGEST, SMALLEST_SCALE
+
+# float16 has no range to spare: G, at most 2 in units of its largest weight, is stored times this. See unit_kernel.
+AMPLIFIER = tl.constexpr(16384.0)
+
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)  # float32
+
+# The factor of a row whose norm was raised to 1e-12; it does not depend on the row.
+CLAMPED_FACTOR = tl.constexpr(0.999999e12)
+
+
+@triton.jit
+def largest_weight(weights, length, BLOCK: tl.constexpr):
+    """The largest finite |weight|."""
+    largest = tl.zeros((BLOCK,), tl.float64)
+    for begin in range(0, length, BLOCK):
+        offs = begin + tl.arange(0, BLOCK)
+        weight = tl.abs(tl.load(weights + offs, mask=offs < length, other=0.0))
+        largest = tl.maximum(largest, tl.where(weight < INFINITY, weight, 0.0))
+    return tl.max(largest, 0)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def unit_kernel(
+    row_weight,  # [n], float64
+    col_weight,  # [m], float64
+    positive_weight,  # [n], float64
+    unit_ptr,  # [], float32
+    n,
+    m,
+    BLOCK: tl.constexpr,
+):
+    """The unit that G is kept in for float16: in units of its largest weight, a uniform softmax over 65536 columns is
+    1.5e-5 instead of 1e-10, and times AMPLIFIER it is far from float16's subnormal numbers. One program."""
+    largest = tl.maximum(largest_weight(row_weight, n, BLOCK), largest_weight(positive_weight, n, BLOCK))
+    largest = tl.maximum(largest, largest_weight(col_weight, m, BLOCK))
+    tl.store(unit_ptr, tl.maximum(largest / AMPLIFIER, SMALLEST_NORMAL).to(tl.float32))
+
+
+@triton.jit
+def centre_and_weight(lse, weight, scale, bias):
+    """c and w' with w' exp2((z - c) scale2) = w exp(L - lse), up to one rounding of w'; everything is float64 here.
+
+    c may be any number near (lse - bias) / scale: w' makes up for what is missing. Where the weight is 0 the centre is
+    infinite, which makes every exponential 0, so that an infinite logit does no harm.
+    """
+    # What signed_scale takes for 0 is 0 here, too: a centre of (lse - bias) / scale would overflow.
+    no_scale = tl.abs(scale) < SMALLEST_SCALE
+    centre = tl.where(no_scale, 0.0, (lse - bias) / scale)
+    centre = tl.minimum(tl.maximum(centre, -LARGEST), LARGEST).to(tl.float32)
+    gap = centre.to(tl.float64) * scale + bias - lse
+    # Beyond any rounding of a meaningful logit it is float64's own rounding of a huge one.
+    limit = tl.where(no_scale, INFINITY, 64.0)
+    gap = tl.where((tl.abs(gap) > limit) & (tl.abs(centre) < LARGEST), 0.0, gap)
+    centre = tl.where(weight == 0, INFINITY, tl.where(scale < 0, -centre, centre))
+    return centre, tl.where(weight == 0, 0.0, weight * tl.exp(gap)).to(tl.float32)
+
+
+@triton.jit
+def prepare_side(
+    lse_ptr, weight_ptr, positive_ptr, factor_ptr, out, offs, length, own, scale, bias, unit, HAS_FACTORS: tl.constexpr
+):
+    inside = offs < length
+    lse = tl.load(lse_ptr + offs, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + offs, mask=inside, other=0.0)
+    centre, weight = centre_and_weight(lse, weight / unit, scale, bias)
+    positive = tl.load(positive_ptr, mask=own, other=0.0) / unit
+    factor = tl.full(offs.shape, 1.0, tl.float32)
+    if HAS_FACTORS:
+        factor = tl.load(factor_ptr + offs, mask=inside, other=0.0)
+    out += offs * 4
+    tl.store(out, centre, mask=inside)
+    tl.store(out + 1, weight, mask=inside)
+    tl.store(out + 2, positive.to(tl.float32), mask=inside)
+    tl.store(out + 3, factor, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "m", "diag_offset"])
+def prepare_kernel(
+    row_lse,  # [n], float64
+    col_lse,  # [m], float64
+    row_weight,  # [n], float64
+    col_weight,  # [m], float64
+    positive_weight,  # [n], float64
+    x_factor,  # [n], float32, with HAS_FACTORS
+    y_factor,  # [m], float32
+    scale_ptr,  # []
+    bias_ptr,  # []
+    unit_ptr,  # [], with HAS_UNIT
+    rows,  # [n, 4]
+    cols,  # [m, 4]
+    n,
+    m,
+    diag_offset,
+    HAS_FACTORS: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Both sides' vectors for G (see gradient.py). The first programs take rows, the others columns."""
+    scale, bias = tl.load(scale_ptr).to(tl.float64), tl.load(bias_ptr).to(tl.float64)
+    unit = tl.full((), 1.0, tl.float64)
+    if HAS_UNIT:
+        unit = tl.load(unit_ptr).to(tl.float64)
+    n, m = n.to(tl.int64), m.to(tl.int64)
+    row_blocks = tl.cdiv(n, BLOCK)
+    block = tl.program_id(0).to(tl.int64)
+    if block < row_blocks:
+        offs = block * BLOCK + tl.arange(0, BLOCK)
+        own = (offs < n) & (offs + diag_offset >= 0) & (offs + diag_offset < m)
+        positive_ptr = positive_weight + offs
+        prepare_side(
+            row_lse, row_weight, positive_ptr, x_factor, rows, offs, n, own, scale, bias, unit, HAS_FACTORS
+        )
+    else:
+        offs = (block - row_blocks) * BLOCK + tl.arange(0, BLOCK)
+        own = (offs < m) & (offs - diag_offset >= 0) & (offs - diag_offset < n)
+        positive_ptr = positive_weight + offs - diag_offset
+        prepare_side(
+            col_lse, col_weight, positive_ptr, y_factor, cols, offs, m, own, scale, bias, unit, HAS_FACTORS
+        )
+
+
+@triton.jit(do_not_specialize=["count", "row_begin"])
+def finish_kernel(
+    total,  # H y of `count` rows from row_begin on, [count, d], float32
+    x,  # [n, d]
+    dx,  # [n, d]; may be where total is
+    factor_ptr,  # [n], with HAS_FACTORS
+    scale_ptr,  # []
+    unit_ptr,  # [], with HAS_UNIT
+    count,
+    row_begin,
+    d,
+    stride_xm,
+    stride_xd,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+):
+    """dx = u - <u, x> f^2 x with u = scale H y: the second term, with factors f = 1 / |x|, is their derivative."""
+    local = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = local < count
+    rows = row_begin + local
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    total_ptrs = total + local[:, None] * d + offs_d[None, :]
+    dx_ptrs = dx + rows[:, None] * d + offs_d[None, :]
+    x_ptrs = x + rows[:, None] * stride_xm + offs_d[None, :] * stride_xd
+    step = tl.full((), BLOCK_D, tl.int64)
+    unit = tl.full((), 1.0, tl.float32)
+    if HAS_UNIT:
+        unit = tl.load(unit_ptr)
+    along = tl.zeros((BLOCK_M,), tl.float32)
+    if HAS_FACTORS:
+        for k in range(0, d, BLOCK_D):
+            inside = in_m[:, None] & (offs_d < d - k)[None, :]
+            x_tile = tl.load(x_ptrs + (k // BLOCK_D) * step * stride_xd, mask=inside, other=0.0).to(tl.float32)
+            along += tl.sum(tl.load(total_ptrs + k, mask=inside, other=0.0) * x_tile, 1)
+        factor = tl.load(factor_ptr + rows, mask=in_m, other=0.0)
+        along = tl.where(factor < CLAMPED_FACTOR, along * factor * factor, 0.0)
+    scale = tl.load(scale_ptr)
+    for k in range(0, d, BLOCK_D):
+        inside = in_m[:, None] & (offs_d < d - k)[None, :]
+        value = tl.load(total_ptrs + k, mask=inside, other=0.0)
+        if HAS_FACTORS:
+            x_tile = tl.load(x_ptrs + (k // BLOCK_D) * step * stride_xd, mask=inside, other=0.0).to(tl.float32)
+            value -= along[:, None] * x_tile
+        value = value * unit * scale
+        tl.store(dx_ptrs + k, value.to(dx.dtype.element_ty), mask=inside)

@@ -1,0 +1,188 @@
+"""Tile configurations of the Triton kernels: frozen data per architecture and d, and the choice among them.
+
+No figure here was measured. Each configuration was compiled for its architecture without spills, within its shared
+memory and with its matrix instructions (python -m benchmarks compile-report); the order among them is a guess until
+`search` has been run on the device (python -m benchmarks gpu --tune).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+KERNELS = ("statistics", "gradient", "accumulate")
+
+# Bytes of H at a time in the backward pass. H, its rows of x and y, and the totals that it is added to stay in an L2
+# cache of 40 MB or more.
+WORKSPACE_BYTES = 32 << 20
+
+# "chunks": store H and let the vendor's matrix product use it (3 P); "registers": multiply on in registers, one tower
+# at a time (4 P while d fits BLOCK_OUT). Neither was measured.
+STRATEGY = "chunks"
+STRATEGIES = ("chunks", "registers")
+
+UNMEASURED = "compiled, not measured"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel's tile shape and launch, for one architecture."""
+
+    kernel: str
+    architecture: str
+    itemsize: int  # of the operands: 2 or 4
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False  # loads through tensor descriptors
+    max_d: int = 0  # 0: any d
+    block_out: int = 0  # accumulate: columns of dx per program
+    per_processor: int = 1  # programs per multiprocessor
+    source: str = UNMEASURED
+
+    @property
+    def shared_bytes(self) -> int:
+        """The operands that are under way; the compiler adds a little."""
+        return max(1, self.num_stages) * (self.block_m + self.block_n) * self.block_d * self.itemsize
+
+    @property
+    def tile_scratch(self) -> int:
+        """float32 numbers per program for a tile of a wide range."""
+        return self.block_m * (self.block_n + 2 * (self.kernel == "statistics"))
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a configuration depends on."""
+
+    architecture: str
+    processors: int
+    shared_bytes: int  # per program
+
+
+@dataclass(frozen=True)
+class Choice:
+    config: Config
+    rejected: tuple[tuple[Config, str], ...]  # those before it, each with the reason against it
+
+
+INTERPRETER = Device("interpreter", processors=6, shared_bytes=1 << 30)
+
+
+@functools.cache
+def describe(device: torch.device) -> Device:
+    """The device as the table knows it: a newer GPU of a family counts as the family's entry."""
+    if device.type == "cpu":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Device("gfx942", properties.multi_processor_count, 64 << 10)
+    # Consumer Blackwell (12.x) has neither tcgen05 nor wgmma.
+    architecture = {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(properties.major, "sm_80")
+    return Device(architecture, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def reason_against(config: Config, device: Device, itemsize: int, d: int, tma_fits: bool) -> str:
+    """Why this configuration does not serve; empty if it does."""
+    if config.architecture != device.architecture:
+        return f"is for {config.architecture}, the device is {device.architecture}"
+    if config.itemsize not in (0, itemsize):
+        return f"is for operands of {config.itemsize} bytes, these have {itemsize}"
+    if config.max_d and d > config.max_d:
+        return f"is for d up to {config.max_d}, d is {d}"
+    if config.tma and not tma_fits:
+        return "loads through tensor descriptors, which need unit stride along d and rows aligned to 16 bytes"
+    if config.shared_bytes > device.shared_bytes:
+        return f"needs {config.shared_bytes} bytes of shared memory, the device has {device.shared_bytes}"
+    return ""
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(kernel: str, device: Device, itemsize: int, d: int, tma_fits: bool = True) -> Choice:
+    """The first configuration of the table without a reason against it."""
+    rejected = []
+    for config in CONFIGS:
+        if config.kernel != kernel:
+            continue
+        reason = reason_against(config, device, itemsize, d, tma_fits)
+        if not reason:
+            return Choice(config, tuple(rejected))
+        rejected.append((config, reason))
+    raise LookupError(f"no configuration of the {kernel} kernel for {device}: {rejected}")
+
+
+@functools.lru_cache(maxsize=1024)
+def program_grid(n: int, m: int, config: Config, processors: int) -> tuple[int, int]:
+    """How many programs share the rows and the columns, (programs_m, programs_n).
+
+    Of all grids that the device can run at once, the one whose busiest program has the fewest tiles; of those, the one
+    with the smallest buffers, which hold programs_n values for each row and programs_m for each column.
+    """
+    blocks_m, blocks_n = -(-n // config.block_m), -(-m // config.block_n)
+    limit = processors * config.per_processor
+    best: tuple[int, int, int, int] | None = None
+    for programs_m in range(1, min(limit, blocks_m) + 1):
+        programs_n = min(blocks_n, limit // programs_m)
+        tiles = -(-blocks_m // programs_m) * -(-blocks_n // programs_n)
+        candidate = (tiles, programs_n * n + programs_m * m, programs_m, programs_n)
+        best = candidate if best is None else min(best, candidate)
+    assert best is not None
+    return best[2], best[3]
+
+
+def persistent_programs(n: int, m: int, config: Config, processors: int) -> int:
+    """How many programs share the tiles of a chunk."""
+    return min(-(-n // config.block_m) * -(-m // config.block_n), processors * config.per_processor)
+
+
+def padded(cols: int) -> int:
+    """Elements from one row of H to the next, so that every row starts aligned."""
+    return -(-cols // 64) * 64
+
+
+@functools.lru_cache(maxsize=1024)
+def chunk_shape(n: int, m: int, itemsize: int, workspace: int) -> tuple[int, int]:
+    """Rows and columns of H at a time, near square, in at most `workspace` bytes; multiples of CHUNK_STEP or all.
+
+    Square, because adding to dy costs a pass over the columns' totals per chunk of rows: with whole rows of H in so
+    little memory it would cost more than the product.
+    """
+    elements = workspace // itemsize
+    side = _step_down(math.isqrt(elements))
+    if n <= side:
+        return n, min(m, _step_down(elements // n))
+    if m <= side:
+        return min(n, _step_down(elements // padded(m))), m
+    return side, side
+
+
+CHUNK_STEP = 512  # a multiple of every BLOCK_M and BLOCK_N
+
+
+def _step_down(count: int) -> int:
+    return max(CHUNK_STEP, count // CHUNK_STEP * CHUNK_STEP)
+
+
+def float32_product(device: Device) -> str:
+    """How the product of float32 features is computed, as torch.set_float32_matmul_precision says.
+
+    "highest" is real float32. "high" is TF32 where the device has it, else three bfloat16 products, the two that
+    torch's documentation names. "medium" is one bfloat16 product: the caller rounds the features.
+    """
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest" or device.architecture == "interpreter":
+        return "ieee"
+    return "bf16" if precision == "medium" else "tf32"
+
+
+CONFIGS: tuple[Config, ...] = (
+    Config("statistics", "interpreter", 0, 256, 512, 128, 4, 1),
+    Config("gradient", "interpreter", 0, 256, 512, 128, 4, 1),
+    Config("accumulate", "interpreter", 0, 256, 512, 128, 4, 1, block_out=512),
+)
