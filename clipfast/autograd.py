@@ -1,5 +1,7 @@
 """The loss as one differentiable PyTorch operator: visible to torch.compile, checked by opcheck, few calls at small n.
 
+Where nothing looks at operators, the same two functions run as a torch.autograd.Function, which costs half the time.
+
 The forward pass takes a backend's block statistics (clipfast/backends/__init__.py) and makes the loss of them; the
 backward pass makes their weights and hands them to the backend, which recomputes the logits. Saved for it are x, y and
 vectors over the batch: O((n + m) d) bytes.
@@ -7,6 +9,7 @@ vectors over the batch: O((n + m) d) bytes.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -121,8 +124,14 @@ def _mean_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, d], [m
     return x.mean(dim=0, dtype=accumulator), mean_y
 
 
-@torch.library.custom_op("clipfast::contrastive_loss", mutates_args=())
-def contrastive_loss(
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast would round the logits to half precision."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d], m >= n
     scale: Tensor,  # []
@@ -133,8 +142,7 @@ def contrastive_loss(
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor
 ]:  # loss [], row_lse [n], col_lse [m], positive [n]; only the loss has a gradient
-    # Autocast would round the logits to half precision.
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device):
         chosen = dispatch.get(backend)
         rows_x, rows_y, factors = _operands(x, y, normalize, chosen)
         row_lse, col_lse, positive = chosen.forward(rows_x, rows_y, scale, bias, 0, *factors)
@@ -146,8 +154,7 @@ def contrastive_loss(
         return loss.to(scale.dtype), row_lse, col_lse, positive
 
 
-@torch.library.custom_op("clipfast::contrastive_loss_backward", mutates_args=())
-def contrastive_loss_backward(
+def _backward(
     gradient: Tensor,  # []
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
@@ -160,7 +167,7 @@ def contrastive_loss_backward(
     label_smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device):
         chosen = dispatch.get(backend)
         rows_x, rows_y, factors = _operands(x, y, normalize, chosen)
         weights_of = getattr(chosen, "symmetric_cross_entropy_weights", symmetric_cross_entropy_weights)
@@ -177,6 +184,10 @@ def contrastive_loss_backward(
         if normalize and not factors:
             dx, dy = (through_norms(g, t, norm_factors(t)).to(t.dtype) for g, t in ((dx, x), (dy, y)))
         return dx, dy, dscale, dbias.to(bias.dtype)
+
+
+contrastive_loss = torch.library.custom_op("clipfast::contrastive_loss", mutates_args=())(_forward)
+contrastive_loss_backward = torch.library.custom_op("clipfast::contrastive_loss_backward", mutates_args=())(_backward)
 
 
 @contrastive_loss.register_fake
@@ -201,7 +212,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(x, y, scale, bias, *statistics)
 
 
-def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _operator_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     gradients = contrastive_loss_backward(gradient, *ctx.saved_tensors, *ctx.options)
     return *gradients, None, None, None
 
@@ -213,5 +224,40 @@ def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
     )
 
 
-contrastive_loss.register_autograd(_backward, setup_context=_save_for_backward)
+contrastive_loss.register_autograd(_operator_backward, setup_context=_save_for_backward)
 contrastive_loss_backward.register_autograd(_refuse_double_backward)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *options: Any) -> Tensor:
+        loss, *statistics = _forward(x, y, scale, bias, *options)
+        ctx.save_for_backward(x, y, scale, bias, *statistics)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # With create_graph the operator is what refuses a second derivative.
+        derivative = contrastive_loss_backward if torch.is_grad_enabled() else _backward
+        return *derivative(gradient, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *options: Any) -> Tensor:  # []
+    """`contrastive_loss`'s first output, with as little overhead as what watches the call allows.
+
+    torch.compile, dispatch modes (fake tensors, counters of operations), functorch's transforms and subclasses of Tensor
+    see an operator.
+    """
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in (x, y, scale, bias))
+    )
+    value: Tensor
+    if watched:
+        value, *_ = contrastive_loss(x, y, scale, bias, *options)
+    else:
+        value = _Eager.apply(x, y, scale, bias, *options)  # type: ignore[no-untyped-call]
+    return value

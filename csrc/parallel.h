@@ -1,7 +1,11 @@
-// A team of threads for the length of one call. Which thread takes which task is left to chance; results do not depend on it,
-// because every number has one writer and a fixed order of sums.
+// Tasks over a few threads. Which thread takes which task is left to chance; results do not depend on it, because every
+// number has one writer and a fixed order of sums.
 #pragma once
 
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <system_error>
@@ -12,68 +16,58 @@
 
 namespace clipfast {
 
+// GNU OpenMP's entry point, which LLVM's and Intel's offer too: run(data) in each of `threads` threads.
+using OpenMP = void (*)(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+
+// The OpenMP that PyTorch has loaded, or null. Its threads wait for work by spinning, so threads beside them would have to
+// share the processors; and they are there already. A forked child has none of its parent's threads.
+inline OpenMP loaded_openmp() {
+    static const pid_t process = getpid();
+    static const auto entry = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return getpid() == process ? entry : nullptr;
+}
+
+// At most `threads` threads that take the tasks of a loop between them.
 class Team {
   public:
-    explicit Team(int threads) {
-        try {
-            for (int worker = 1; worker < threads; ++worker) others_.emplace_back([this, worker] { work(worker); });
-        } catch (const std::system_error&) {
-            // The system gives no more threads: those that run, this one included, take all tasks.
-        }
-    }
-    ~Team() {
-        if (others_.empty()) return;
-        job_ = nullptr;
-        generation_.fetch_add(1, std::memory_order_release);
-        for (auto& other : others_) other.join();
-    }
-    Team(const Team&) = delete;
-    Team& operator=(const Team&) = delete;
+    explicit Team(int threads) : threads_(threads), openmp_(loaded_openmp()) {}
 
     // Calls task(worker, index) for every index in [0, tasks); worker < threads numbers the thread that runs it.
-    void for_each(index_t tasks, const std::function<void(int, index_t)>& task) {
-        if (others_.empty() || tasks == 1) {
-            for (index_t i = 0; i < tasks; ++i) task(0, i);
-            return;
-        }
-        job_ = &task;
-        tasks_ = tasks;
-        next_.store(0, std::memory_order_relaxed);
-        busy_.store(static_cast<int>(others_.size()), std::memory_order_relaxed);
-        generation_.fetch_add(1, std::memory_order_release);
-        take_tasks(0);
-        wait([this] { return busy_.load(std::memory_order_acquire) == 0; });
+    void for_each(index_t tasks, const std::function<void(int, index_t)>& task) const {
+        Loop loop{tasks, task};
+        const auto workers = static_cast<int>(std::min<index_t>(threads_, tasks));
+        if (workers <= 1) loop.run();
+        else if (openmp_) openmp_([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, workers, 0);
+        else run_in_threads(loop, workers);
     }
 
   private:
-    void work(int worker) {
-        for (unsigned seen = 0;; ++seen) {
-            wait([&] { return generation_.load(std::memory_order_acquire) != seen; });
-            if (!job_) return;
-            take_tasks(worker);
-            busy_.fetch_sub(1, std::memory_order_release);
+    struct Loop {
+        const index_t tasks;
+        const std::function<void(int, index_t)>& task;
+        std::atomic<index_t> next{0};
+        std::atomic<int> workers{0};
+
+        void run() {
+            const int worker = workers.fetch_add(1, std::memory_order_relaxed);
+            for (index_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(worker, i);
         }
+    };
+
+    static void run_in_threads(Loop& loop, int workers) {
+        std::vector<std::thread> others;
+        others.reserve(workers - 1);
+        try {
+            for (int i = 1; i < workers; ++i) others.emplace_back([&loop] { loop.run(); });
+        } catch (const std::system_error&) {
+            // The system gives no more threads: those that run, this one included, take all tasks.
+        }
+        loop.run();
+        for (auto& other : others) other.join();
     }
 
-    void take_tasks(int worker) {
-        for (index_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) (*job_)(worker, i);
-    }
-
-    // Phases follow each other within microseconds, so a thread asks again before it gives its processor away.
-    template <class Ready>
-    static void wait(const Ready& ready) {
-        for (int i = 0; !ready(); ++i)
-            if (i > kSpins) std::this_thread::yield();
-    }
-
-    static constexpr int kSpins = 2000;
-
-    std::vector<std::thread> others_;
-    const std::function<void(int, index_t)>* job_ = nullptr;
-    index_t tasks_ = 0;
-    std::atomic<index_t> next_{0};
-    std::atomic<int> busy_{0};
-    std::atomic<unsigned> generation_{0};
+    const int threads_;
+    const OpenMP openmp_;
 };
 
 }  // namespace clipfast

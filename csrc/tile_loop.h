@@ -22,7 +22,7 @@ constexpr index_t kChunkBytes = 16 << 20;    // of G, about
 constexpr index_t kBlockBytes = 512 << 10;   // of a task's left operand, at most
 constexpr index_t kBlockRows = 256;          // of a task, at most
 constexpr index_t kTasksPerThread = 4;       // at least, where there is so much to do
-constexpr index_t kFlopsPerThread = 4'000'000;  // below it a thread costs more than it brings
+constexpr index_t kFlopsPerThread = 1'000'000;  // below it a thread costs more than it brings
 
 template <class Isa, class T, class Element>
 class Kernel {

@@ -84,7 +84,7 @@ def forward(
     bias: Tensor,  # []
     diag_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, col_lse, positive = (torch.empty(k, dtype=torch.float64) for k in (len(x), len(y), len(x)))
+    row_lse, col_lse, positive = (torch.empty(t.shape[0], dtype=torch.float64) for t in (x, y, x))
     _cpu.forward(
         instruction_set(),
         _block(x, y, scale, bias, diag_offset),
@@ -128,7 +128,7 @@ def backward(
 
 
 def symmetric_cross_entropy(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> Tensor:  # [n], [m], [n] -> []
-    loss = _cpu.symmetric_cross_entropy(row_lse.data_ptr(), col_lse.data_ptr(), positive.data_ptr(), len(positive))
+    loss = _cpu.symmetric_cross_entropy(row_lse.data_ptr(), col_lse.data_ptr(), positive.data_ptr(), positive.shape[0])
     return row_lse.new_full((), loss)
 
 
@@ -143,8 +143,8 @@ def symmetric_cross_entropy_weights(
         row_lse.data_ptr(),
         col_lse.data_ptr(),
         positive.data_ptr(),
-        len(row_lse),
-        len(col_lse),
+        row_lse.shape[0],
+        col_lse.shape[0],
         gradient.item(),
         *(weight.data_ptr() for weight in weights),
     )
@@ -152,13 +152,14 @@ def symmetric_cross_entropy_weights(
 
 
 def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int) -> _cpu.Block:
+    n, d = x.shape
     x_row_stride, x_col_stride = x.stride()
     y_row_stride, y_col_stride = y.stride()
     return _cpu.Block(
         dtype=_name(x.dtype),
-        n=len(x),
-        m=len(y),
-        d=x.shape[1],
+        n=n,
+        m=y.shape[0],
+        d=d,
         x=x.data_ptr(),
         x_row_stride=x_row_stride,
         x_col_stride=x_col_stride,
