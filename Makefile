@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
@@ -19,6 +19,14 @@ bench: $(VENV)/bench.stamp
 
 lint: $(VENV)/dev.stamp
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
+
+# The compiled kernels by themselves: every instruction set that this processor has, over awkward shapes.
+sanitize:
+	mkdir -p build
+	for check in address,undefined thread; do \
+	  $(CXX) -std=c++17 -O1 -g -Wno-psabi -fno-sanitize-recover=all -fsanitize=$$check tests/sanitize.cpp \
+	    $(filter-out csrc/bindings.cpp, $(wildcard csrc/*.cpp)) -o build/sanitize -pthread && build/sanitize || exit 1; \
+	done
 
 # torch comes first and alone: constraints.txt pins it, so that nothing pulls another build. The editable install lets
 # the source tree find its compiled extension.

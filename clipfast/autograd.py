@@ -1,5 +1,7 @@
 """The loss as one differentiable PyTorch operator: visible to torch.compile, checked by opcheck, few calls at small n.
 
+Where nothing looks at operators, the same two functions run as a torch.autograd.Function, which costs half the time.
+
 The forward pass takes a backend's block statistics (clipfast/backends/__init__.py) and makes the loss of them; the
 backward pass makes their weights and hands them to the backend, which recomputes the logits. Saved for it are x, y and
 vectors over the batch: O((n + m) d) bytes.
@@ -7,6 +9,7 @@ vectors over the batch: O((n + m) d) bytes.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -44,10 +47,13 @@ def symmetric_cross_entropy_weights(
     row_lse: Tensor,  # [n]
     col_lse: Tensor,  # [m]
     positive: Tensor,  # [n]
+    gradient: Tensor,  # []
 ) -> tuple[Tensor, Tensor, Tensor]:  # [n], [m], [n]
-    """The derivatives of the symmetric cross-entropy by row_lse, col_lse and positive."""
+    """The derivatives of the symmetric cross-entropy by row_lse, col_lse and positive, times `gradient`."""
     n = positive.shape[0]
-    row_weight, own_col_weight = (margin.sigmoid() / (2 * n) for margin in margins(row_lse, col_lse, positive))
+    row_weight, own_col_weight = (
+        gradient * margin.sigmoid() / (2 * n) for margin in margins(row_lse, col_lse, positive)
+    )
     col_weight = torch.nn.functional.pad(own_col_weight, (0, col_lse.shape[0] - n))
     return row_weight, col_weight, -(row_weight + own_col_weight)
 
@@ -118,8 +124,14 @@ def _mean_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, d], [m
     return x.mean(dim=0, dtype=accumulator), mean_y
 
 
-@torch.library.custom_op("clipfast::contrastive_loss", mutates_args=())
-def contrastive_loss(
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast would round the logits to half precision."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d], m >= n
     scale: Tensor,  # []
@@ -130,12 +142,11 @@ def contrastive_loss(
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor
 ]:  # loss [], row_lse [n], col_lse [m], positive [n]; only the loss has a gradient
-    # Autocast would round the logits to half precision.
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device):
         chosen = dispatch.get(backend)
         rows_x, rows_y, factors = _operands(x, y, normalize, chosen)
         row_lse, col_lse, positive = chosen.forward(rows_x, rows_y, scale, bias, 0, *factors)
-        loss = symmetric_cross_entropy(row_lse, col_lse, positive)
+        loss = getattr(chosen, "symmetric_cross_entropy", symmetric_cross_entropy)(row_lse, col_lse, positive)
         if label_smoothing:
             if factors:
                 rows_x, rows_y = l2_normalize(x), l2_normalize(y)
@@ -143,8 +154,7 @@ def contrastive_loss(
         return loss.to(scale.dtype), row_lse, col_lse, positive
 
 
-@torch.library.custom_op("clipfast::contrastive_loss_backward", mutates_args=())
-def contrastive_loss_backward(
+def _backward(
     gradient: Tensor,  # []
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
@@ -157,13 +167,11 @@ def contrastive_loss_backward(
     label_smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
-    with torch.autocast(x.device.type, enabled=False):
-        row_weight, col_weight, positive_weight = (
-            gradient * weight for weight in symmetric_cross_entropy_weights(row_lse, col_lse, positive)
-        )
+    with _without_autocast(x.device):
         chosen = dispatch.get(backend)
         rows_x, rows_y, factors = _operands(x, y, normalize, chosen)
-        weights = (row_weight, col_weight, positive_weight)
+        weights_of = getattr(chosen, "symmetric_cross_entropy_weights", symmetric_cross_entropy_weights)
+        weights = row_weight, col_weight, positive_weight = weights_of(row_lse, col_lse, positive, gradient)
         dx, dy, dscale = chosen.backward(rows_x, rows_y, scale, bias, row_lse, col_lse, *weights, 0, *factors)
         # db = sum_ij G_ij, and each exp(L_ij - lse) sums to 1 over its row or column.
         dbias = row_weight.sum() + col_weight.sum() + positive_weight.sum()
@@ -176,6 +184,10 @@ def contrastive_loss_backward(
         if normalize and not factors:
             dx, dy = (through_norms(g, t, norm_factors(t)).to(t.dtype) for g, t in ((dx, x), (dy, y)))
         return dx, dy, dscale, dbias.to(bias.dtype)
+
+
+contrastive_loss = torch.library.custom_op("clipfast::contrastive_loss", mutates_args=())(_forward)
+contrastive_loss_backward = torch.library.custom_op("clipfast::contrastive_loss_backward", mutates_args=())(_backward)
 
 
 @contrastive_loss.register_fake
@@ -200,7 +212,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(x, y, scale, bias, *statistics)
 
 
-def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _operator_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     gradients = contrastive_loss_backward(gradient, *ctx.saved_tensors, *ctx.options)
     return *gradients, None, None, None
 
@@ -212,5 +224,40 @@ def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
     )
 
 
-contrastive_loss.register_autograd(_backward, setup_context=_save_for_backward)
+contrastive_loss.register_autograd(_operator_backward, setup_context=_save_for_backward)
 contrastive_loss_backward.register_autograd(_refuse_double_backward)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *options: Any) -> Tensor:
+        loss, *statistics = _forward(x, y, scale, bias, *options)
+        ctx.save_for_backward(x, y, scale, bias, *statistics)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # With create_graph the operator is what refuses a second derivative.
+        derivative = contrastive_loss_backward if torch.is_grad_enabled() else _backward
+        return *derivative(gradient, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *options: Any) -> Tensor:  # []
+    """`contrastive_loss`'s first output, with as little overhead as what watches the call allows.
+
+    torch.compile, dispatch modes (fake tensors, counters of operations), functorch's transforms and subclasses of Tensor
+    see an operator.
+    """
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in (x, y, scale, bias))
+    )
+    value: Tensor
+    if watched:
+        value, *_ = contrastive_loss(x, y, scale, bias, *options)
+    else:
+        value = _Eager.apply(x, y, scale, bias, *options)  # type: ignore[no-untyped-call]
+    return value

@@ -12,7 +12,7 @@ from clipfast.backends import cpu, torch as torch_backend, triton
 from clipfast.problem import Problem
 
 # `auto` takes the first without a reason against itself, so the order is the order of speed.
-BACKENDS: tuple[ModuleType, ...] = (triton, torch_backend, cpu)
+BACKENDS: tuple[ModuleType, ...] = (triton, cpu, torch_backend)
 
 ENVIRONMENT_VARIABLE = "CLIPFAST_BACKEND"
 

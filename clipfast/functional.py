@@ -76,8 +76,7 @@ def contrastive_loss(
         raise TypeError(f"backend: got {_name(backend)}; accepted is a name from clipfast.backends()")
     backend = dispatch.select(Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device), backend)
 
-    loss: Tensor = autograd.contrastive_loss(x, y, scale, bias, normalize, label_smoothing, backend)[0]
-    return loss
+    return autograd.loss(x, y, scale, bias, normalize, label_smoothing, backend)
 
 
 def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

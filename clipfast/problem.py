@@ -53,16 +53,15 @@ def positive_rows(n: int, m: int, diag_offset: int) -> tuple[int, int]:
     return first, max(first, min(n, m - diag_offset))
 
 
-def round_statistics(lse: Tensor, weight: Tensor, dtype: torch.dtype, log_unit: float = 1.0) -> tuple[Tensor, Tensor]:
-    """A logsumexp in `dtype`, times log_unit, and a weight that makes up for the rounding.
+def round_statistics(lse: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A logsumexp in `dtype` and a weight that makes up for the rounding.
 
-    weight' exp(L - lse') = weight exp(L - lse) up to one rounding of weight'. With log_unit = log2(e) the logsumexp is
-    in log2 units. Where the weight is 0, lse' = inf makes every exponential 0, so that an infinite logit in a column
-    that the loss does not use does no harm.
+    weight' exp(L - lse') = weight exp(L - lse) up to one rounding of weight'. Where the weight is 0, lse' = inf makes
+    every exponential 0, so that an infinite logit in a column that the loss does not use does no harm.
     """
     unused = weight == 0
-    rounded = (lse * log_unit).to(dtype)
-    correction = rounded / log_unit - lse
+    rounded = lse.to(dtype)
+    correction = rounded - lse
     # Beyond any rounding of a meaningful logit it is float64's own rounding of a huge one.
     correction = torch.where(correction.abs() > 64, 0, correction)
     return torch.where(unused, torch.inf, rounded), torch.where(unused, 0, weight * correction.exp()).to(dtype)

@@ -17,7 +17,7 @@ struct Matrix {
 };
 
 struct Block {
-    DType dtype;  // of x, y, dx and dy; statistics, weights and scalars have the compute type
+    DType dtype;  // of x, y, dx and dy
     Matrix x;     // [n, d]
     Matrix y;     // [m, d]
     double scale, bias;
@@ -33,11 +33,11 @@ struct Statistics {
     double *row_lse, *col_lse, *positive;  // [n], [m], [n]
 };
 
-// Contiguous arrays of the compute type, logsumexps in log2 units.
+// Natural-log units.
 struct Weights {
-    const void *row_lse, *row_weight;  // [n]
-    const void *col_lse, *col_weight;  // [m]
-    const void* positive_weight;       // [n]
+    const double *row_lse, *row_weight;  // [n]
+    const double *col_lse, *col_weight;  // [m]
+    const double* positive_weight;       // [n]
 };
 
 struct Gradients {

@@ -1,8 +1,13 @@
-// Fixed tasks over a few threads. Every output has one writer and a fixed order of sums, so results do not depend on
-// which thread takes which task, nor on how many threads there are.
+// Tasks over a few threads. Which thread takes which task is left to chance; results do not depend on it, because every
+// number has one writer and a fixed order of sums.
 #pragma once
 
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <atomic>
+#include <functional>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -11,27 +16,58 @@
 
 namespace clipfast {
 
-// Calls task(worker, index) for every index in [0, tasks); worker < threads numbers the thread that runs it.
-template <class Task>
-void parallel_for(int threads, index_t tasks, const Task& task) {
-    const int workers = static_cast<int>(std::min<index_t>(threads, tasks));
-    if (workers <= 1) {
-        for (index_t i = 0; i < tasks; ++i) task(0, i);
-        return;
-    }
-    std::atomic<index_t> next{0};
-    const auto work = [&](int worker) {
-        for (index_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(worker, i);
-    };
-    std::vector<std::thread> others;
-    others.reserve(workers - 1);
-    try {
-        for (int worker = 1; worker < workers; ++worker) others.emplace_back(work, worker);
-    } catch (const std::system_error&) {
-        // The system gives no more threads: those that run, this one included, take all tasks.
-    }
-    work(0);
-    for (auto& other : others) other.join();
+// GNU OpenMP's entry point, which LLVM's and Intel's offer too: run(data) in each of `threads` threads.
+using OpenMP = void (*)(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+
+// The OpenMP that PyTorch has loaded, or null. Its threads wait for work by spinning, so threads beside them would have to
+// share the processors; and they are there already. A forked child has none of its parent's threads.
+inline OpenMP loaded_openmp() {
+    static const pid_t process = getpid();
+    static const auto entry = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return getpid() == process ? entry : nullptr;
 }
+
+// At most `threads` threads that take the tasks of a loop between them.
+class Team {
+  public:
+    explicit Team(int threads) : threads_(threads), openmp_(loaded_openmp()) {}
+
+    // Calls task(worker, index) for every index in [0, tasks); worker < threads numbers the thread that runs it.
+    void for_each(index_t tasks, const std::function<void(int, index_t)>& task) const {
+        Loop loop{tasks, task};
+        const auto workers = static_cast<int>(std::min<index_t>(threads_, tasks));
+        if (workers <= 1) loop.run();
+        else if (openmp_) openmp_([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, workers, 0);
+        else run_in_threads(loop, workers);
+    }
+
+  private:
+    struct Loop {
+        const index_t tasks;
+        const std::function<void(int, index_t)>& task;
+        std::atomic<index_t> next{0};
+        std::atomic<int> workers{0};
+
+        void run() {
+            const int worker = workers.fetch_add(1, std::memory_order_relaxed);
+            for (index_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(worker, i);
+        }
+    };
+
+    static void run_in_threads(Loop& loop, int workers) {
+        std::vector<std::thread> others;
+        others.reserve(workers - 1);
+        try {
+            for (int i = 1; i < workers; ++i) others.emplace_back([&loop] { loop.run(); });
+        } catch (const std::system_error&) {
+            // The system gives no more threads: those that run, this one included, take all tasks.
+        }
+        loop.run();
+        for (auto& other : others) other.join();
+    }
+
+    const int threads_;
+    const OpenMP openmp_;
+};
 
 }  // namespace clipfast

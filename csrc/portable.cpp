@@ -1,36 +1,25 @@
-// The portable instruction set: plain C++17 loops, vectorized as far as the compiler's baseline target allows.
-// Tiles: panels of up to 128 rows, 64 columns, groups of 16 rows; registers: 4 rows by 32 bytes of columns.
+// The portable instruction set: what the compiler's baseline has, 128-bit vectors on x86-64 (SSE2) and Arm (NEON).
+//
+// Units: one multiplier and one adder (SSE2 has no fused multiply-add), or two fused ones on Arm.
+// Tile in registers: 4 rows by 3 vectors of 4 float32: 12 sums, 3 vectors of B, 1 of A = 16 registers, all that SSE2 has;
+// float64: 2 rows by 3 vectors of 2.
 
-#include "kernels.h"
-#include "tile_loop.h"
+#include "instruction_sets.h"
+#include "entry.h"
 
-namespace clipfast::portable {
+namespace clipfast {
 
 namespace {
 
-// Calls visit(a kernel for the block's dtype).
-template <class Visit>
-auto with_kernel(const Block& block, int threads, const Visit& visit) {
-    switch (block.dtype) {
-        case DType::float64: return visit(Kernel<double, double>(block, threads));
-        case DType::bfloat16: return visit(Kernel<float, bfloat16>(block, threads));
-        case DType::float16: return visit(Kernel<float, float16>(block, threads));
-        default: return visit(Kernel<float, float>(block, threads));
-    }
-}
+struct Portable {
+    static constexpr int kVectorBytes = 16;
+    static constexpr int kRows = 4;
+};
 
 }  // namespace
 
-void forward(const Block& block, const Statistics& out, int threads) {
-    with_kernel(block, threads, [&](auto&& kernel) { kernel.forward(out); });
+Kernels portable() {
+    return Entry<Portable>::kernels("portable", [] { return true; });
 }
 
-double backward(const Block& block, const Weights& in, const Gradients& out, int threads) {
-    return with_kernel(block, threads, [&](auto&& kernel) { return kernel.backward(in, out); });
-}
-
-index_t workspace_bytes(const Block& block, int threads) {
-    return with_kernel(block, threads, [](auto&& kernel) { return kernel.workspace_bytes(); });
-}
-
-}  // namespace clipfast::portable
+}  // namespace clipfast

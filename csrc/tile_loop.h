@@ -1,336 +1,300 @@
-// The blockwise symmetric cross-entropy statistics and their gradient, forward and backward, for one compute type T.
+// The blockwise symmetric cross-entropy statistics and their gradient, forward and backward: the algorithm, once, for
+// any instruction set and compute type T. What is computed: clipfast/backends/__init__.py.
 //
-// Rows go in panels, columns in tiles. A panel's tiles run in parallel: each thread forms S = x_panel y_tile^T in its
-// own buffer, and the epilogue runs on groups of S while they are in cache. Logits are in log2 units (log2(e) is folded
-// into scale and bias once), so every exponential is an exp2.
+// The logits go in chunks, a chunk in panels of kWidth columns, a panel in groups of up to kGroup rows. A thread forms a
+// group by a register-blocked product (tiles.h), and the epilogue runs on it while it is in the first-level cache
+// (logits.h). Forward costs one product. Backward forms G of a chunk, all panels in memory, then adds G y to dx and
+// G^T x to dy: three products. Every number is written by one task and added up in one order, whatever the threads do.
 //
-// One exponential serves both directions: with a shift k common to a group, e_ij = exp2(S_ij - k) gives its row sums and
-// its column sums. That is exact while the group's spread stays below kMaxSpread, for then the smallest e is a normal
-// number; a wider group takes separate shifts. Positives are left out of all sums (see clipfast/backends/__init__.py).
+// Operands are packed once per chunk. A task's left operand stays in the second-level cache (kBlockBytes), so that what
+// it reads from beyond is a small part of what it computes.
 #pragma once
 
-#include <cmath>
-#include <limits>
-#include <memory>
-
-#include "dtypes.h"
+#include "kernels.h"
+#include "logits.h"
 #include "parallel.h"
 
 namespace clipfast {
+namespace {
 
-constexpr index_t kTile = 64;         // columns of a tile
-constexpr index_t kGroup = 16;        // rows of a group, the unit of the epilogue
-constexpr index_t kPanel = 128;       // rows of a panel, at most
-constexpr index_t kDepth = 128;        // terms of a sum in registers
-constexpr index_t kPanelBytes = 16 << 20;  // of G for one panel, at most, from kGroup rows on
-constexpr double kLog2e = 1.4426950408889634074;
-constexpr double kLn2 = 0.69314718055994530942;
+constexpr index_t kChunkRows = 4096;         // at most
+constexpr index_t kChunkBytes = 16 << 20;    // of G, about
+constexpr index_t kBlockBytes = 512 << 10;   // of a task's left operand, at most
+constexpr index_t kBlockRows = 256;          // of a task, at most
+constexpr index_t kTasksPerThread = 4;       // at least, where there is so much to do
+constexpr index_t kFlopsPerThread = 1'000'000;  // below it a thread costs more than it brings
 
-template <class T>
-constexpr T kMaxSpread = std::is_same_v<T, float> ? T(100) : T(900);
-
-inline index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
-
-// Multiples of kGroup, so that group boundaries, and with them all roundings, do not depend on the panel's size.
-template <class T>
-index_t panel_rows(index_t n, index_t m) {
-    const index_t fit = kPanelBytes / (m * index_t{sizeof(T)}) / kGroup * kGroup;
-    return std::min(n, std::clamp(fit, kGroup, kPanel));
-}
-
-// sum * exp2(shift): a sum of exponentials with a finite shift, so that no inf - inf arises from merging.
-template <class T>
-struct ShiftedSum {
-    T shift = std::numeric_limits<T>::lowest();
-    T sum = 0;
-
-    void add(T other_shift, T other_sum) {
-        constexpr T largest = std::numeric_limits<T>::max();
-        const T finite = std::min(std::max(other_shift, -largest), largest);
-        if (finite <= shift) {
-            sum += other_sum * std::exp2(finite - shift);
-        } else {
-            sum = sum * std::exp2(shift - finite) + other_sum;
-            shift = finite;
-        }
-    }
-    void add(const ShiftedSum& other) { add(other.shift, other.sum); }
-    double log() const { return (double(shift) + std::log2(double(sum))) * kLn2; }
-};
-
-// C[R][W] += A B over `depth` terms, with the sums in registers; they start at zero, so that long sums are sums of sums.
-template <int R, int W, class T>
-inline void multiply_tile(index_t depth, const T* a, index_t a_row, index_t a_col, const T* b, index_t ldb, T* c,
-                          index_t ldc) {
-    T sum[R][W] = {};
-    for (index_t k = 0; k < depth; ++k)
-        for (int i = 0; i < R; ++i) {
-            const T factor = a[i * a_row + k * a_col];
-            for (int j = 0; j < W; ++j) sum[i][j] += factor * b[k * ldb + j];
-        }
-    for (int i = 0; i < R; ++i)
-        for (int j = 0; j < W; ++j) c[i * ldc + j] += sum[i][j];
-}
-
-// C[rows][cols] += A B with A[i][k] at a[i * a_row + k * a_col] and row-major B and C.
-template <class T>
-void multiply(index_t rows, index_t cols, index_t depth, const T* a, index_t a_row, index_t a_col, const T* b,
-              index_t ldb, T* c, index_t ldc) {
-    constexpr int kRows = 4, kCols = 32 / sizeof(T);
-    for (index_t k = 0; k < depth; k += kDepth)
-        for (index_t j = 0; j < cols;) {
-            const bool wide = cols - j >= kCols;
-            for (index_t i = 0; i < rows;) {
-                const bool tall = rows - i >= kRows;
-                const index_t terms = std::min(kDepth, depth - k);
-                const T *a_ik = a + i * a_row + k * a_col, *b_kj = b + k * ldb + j;
-                T* c_ij = c + i * ldc + j;
-                if (tall && wide) multiply_tile<kRows, kCols>(terms, a_ik, a_row, a_col, b_kj, ldb, c_ij, ldc);
-                else if (tall) multiply_tile<kRows, 1>(terms, a_ik, a_row, a_col, b_kj, ldb, c_ij, ldc);
-                else if (wide) multiply_tile<1, kCols>(terms, a_ik, a_row, a_col, b_kj, ldb, c_ij, ldc);
-                else multiply_tile<1, 1>(terms, a_ik, a_row, a_col, b_kj, ldb, c_ij, ldc);
-                i += tall ? kRows : 1;
-            }
-            j += wide ? kCols : 1;
-        }
-}
-
-// A group of logits in log2 units: rows x cols at s, and the column of row 0's positive.
-template <class T>
-struct Group {
-    T* s;
-    index_t rows, cols, positive;
-
-    T* row(index_t i) const { return s + i * kTile; }
-    bool has_positive(index_t i) const { return positive + i >= 0 && positive + i < cols; }
-    // Where row i's positive is, calls visit(i, its logit).
-    template <class Visit>
-    void for_positives(const Visit& visit) const {
-        for (index_t i = 0; i < rows; ++i)
-            if (has_positive(i)) visit(i, row(i)[positive + i]);
-    }
-};
-
-// The spread of a group without its positives. A NaN passes through every later sum by itself, so it may be ignored.
-template <class T>
-struct Spread {
-    T low = std::numeric_limits<T>::infinity();
-    T high = -std::numeric_limits<T>::infinity();
-
-    explicit Spread(const Group<T>& group) {
-        for (index_t i = 0; i < group.rows; ++i) {
-            const T* s = group.row(i);
-            const index_t skip = group.positive + i;
-            for (index_t j = 0; j < group.cols; ++j) {
-                if (j == skip) continue;
-                low = s[j] < low ? s[j] : low;
-                high = s[j] > high ? s[j] : high;
-            }
-        }
-    }
-    bool narrow() const { return low <= high && high - low < kMaxSpread<T>; }
-};
-
-template <class T, class Element>
+template <class Isa, class T, class Element>
 class Kernel {
+    using Tiles = Tile<Isa, T>;
+    using V = typename Tiles::V;
+    static constexpr int W = Tiles::W, kRows = Tiles::kRows;
+    static constexpr index_t kWidth = Tiles::kWidth;
+    static constexpr index_t kBlockCols = kBlockRows / kWidth * kWidth;
+    static constexpr bool kApart = !std::is_same_v<T, Element>;  // gradients are added up in T and rounded once
+    static_assert(kBlockRows % kGroup == 0 && kWidth % kRows == 0);
+
   public:
     Kernel(const Block& block, int threads)
         : block_(block),
-          threads_(threads),
+          d_(block.d()),
+          threads_(std::clamp<index_t>(2 * block.n() * block.m() * d_ / kFlopsPerThread, 1, threads)),
           scale_(T(block.scale)),
-          scale2_(T(block.scale * kLog2e)),
-          scale2_rest_(T(block.scale * kLog2e - double(scale2_))),
-          bias2_(T(block.bias * kLog2e)),
-          panel_(panel_rows<T>(block.n(), block.m())),
-          tiles_(ceil_div(block.m(), kTile)),
-          x_panel_(new T[panel_ * block.d()]),
-          y_tile_(new T[threads * kTile * block.d()]),
-          s_(new T[threads * panel_ * kTile]) {}
+          logits_(block),
+          chunk_rows_(round_up(std::min(block.n(), kChunkRows), kGroup)),
+          chunk_cols_(std::min(round_up(block.m(), kWidth),
+                               round_up(kChunkBytes / (chunk_rows_ * index_t{sizeof(T)}), kWidth))),
+          block_rows_(std::clamp(kBlockBytes / (d_ * index_t{sizeof(T)}) / kGroup * kGroup, kGroup, kBlockRows)) {}
 
     void forward(const Statistics& out) {
         const index_t n = block_.n(), m = block_.m();
-        std::vector<ShiftedSum<T>> columns(m), partial(tiles_ * panel_);
-        for (index_t first = 0; first < n; first += panel_) {
-            const index_t rows = std::min(panel_, n - first);
-            load_rows<Element>(block_.x, first, rows, x_panel_.get());
-            std::fill(partial.begin(), partial.end(), ShiftedSum<T>{});
-            std::fill(out.positive + first, out.positive + first + rows, 0.0);
-            parallel_for(threads_, tiles_, [&](int worker, index_t tile) {
-                for_groups(worker, tile, first, rows, [&](const Group<T>& group, index_t row) {
+        Team team(threads_);
+        Buffer<T> memory(forward_size());
+        T *x_pack = memory.take(chunk_rows_ * d_), *y_pack = memory.take(chunk_cols_ * d_);
+        T* logits = memory.take(threads_ * kGroup * kWidth);
+        // A row's sums per panel of a chunk, a column's per block of rows.
+        Sums<Isa, T> rows_sums(chunk_cols_ / kWidth, chunk_rows_);
+        Sums<Isa, T> cols_sums(ceil_div(chunk_rows_, block_rows_), round_up(m, kWidth));
+        std::fill(out.positive, out.positive + n, 0.0);
+        for (index_t first = 0; first < n; first += chunk_rows_) {
+            const index_t rows = std::min(chunk_rows_, n - first);
+            pack_left(team, first, rows, x_pack);
+            rows_sums.clear();
+            for (index_t column = 0; column < m; column += chunk_cols_) {
+                const index_t cols = std::min(chunk_cols_, m - column);
+                pack_right(team, column, cols, y_pack);
+                for_groups(team, first, rows, column, cols, [&](int worker, auto group, index_t row, index_t panel) {
+                    group.s = logits + worker * kGroup * kWidth;
+                    logits_.form(group, x_pack + row * d_, y_pack + panel * kWidth * d_);
                     group.for_positives([&](index_t i, T& logit) {
                         out.positive[first + row + i] = double(logit) * kLn2;
-                        logit = -std::numeric_limits<T>::infinity();
                     });
-                    add_sums(group, &partial[tile * panel_ + row], &columns[tile * kTile]);
+                    logits_.add_sums(group, rows_sums, panel, row, cols_sums, row / block_rows_,
+                                     column + panel * kWidth);
                 });
-            });
-            parallel_for(threads_, ceil_div(rows, kGroup), [&](int, index_t task) {
-                for (index_t i = task * kGroup; i < std::min(rows, (task + 1) * kGroup); ++i) {
-                    ShiftedSum<T> row;
-                    for (index_t tile = 0; tile < tiles_; ++tile) row.add(partial[tile * panel_ + i]);
-                    out.row_lse[first + i] = row.log();
-                }
+            }
+            team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
+                const index_t end = std::min(rows, (group + 1) * kGroup);
+                rows_sums.log_merged(group * kGroup, end, out.row_lse + first);
             });
         }
-        for (index_t j = 0; j < m; ++j) out.col_lse[j] = columns[j].log();
+        team.for_each(ceil_div(m, kBlockCols), [&](int, index_t task) {
+            cols_sums.log_merged(task * kBlockCols, std::min(m, (task + 1) * kBlockCols), out.col_lse);
+        });
     }
 
     // Returns dscale.
     double backward(const Weights& in, const Gradients& out) {
-        const index_t n = block_.n(), m = block_.m(), d = block_.d();
-        constexpr bool accumulate_apart = !std::is_same_v<T, Element>;
-        std::vector<T> dy_apart(accumulate_apart ? m * d : 0);
-        T* dy = accumulate_apart ? dy_apart.data() : static_cast<T*>(out.dy);
-        std::fill(dy, dy + m * d, T(0));
-        const index_t width = tiles_ * kTile;
-        std::unique_ptr<T[]> gradient(new T[panel_ * width]), gradient_y(new T[panel_ * d]);
-        std::vector<double> row_dot(panel_);
-        double dscale = 0;
-        for (index_t first = 0; first < n; first += panel_) {
-            const index_t rows = std::min(panel_, n - first);
-            load_rows<Element>(block_.x, first, rows, x_panel_.get());
-            parallel_for(threads_, tiles_, [&](int worker, index_t tile) {
-                for_groups(worker, tile, first, rows, [&](const Group<T>& group, index_t row) {
-                    form_gradient(group, in, first + row, tile * kTile);
-                    for (index_t i = 0; i < group.rows; ++i)
-                        std::copy(group.row(i), group.row(i) + group.cols, &gradient[(row + i) * width + tile * kTile]);
+        const index_t n = block_.n(), m = block_.m(), width_d = round_up(d_, kWidth);
+        Team team(threads_);
+        Buffer<T> memory(backward_size());
+        T *x_pack = memory.take(chunk_rows_ * d_), *y_pack = memory.take(chunk_cols_ * d_);
+        T *x_rows = memory.take(chunk_rows_ * width_d), *y_rows = memory.take(chunk_cols_ * width_d);
+        T* gradient = memory.take(chunk_rows_ * chunk_cols_);
+        T* dx_apart = kApart ? memory.take(chunk_rows_ * d_) : nullptr;
+        T* dy = kApart ? memory.take(m * d_) : static_cast<T*>(out.dy);
+        const Side<T> rows_side = round_side(team, in.row_lse, in.row_weight, n, memory);
+        const Side<T> cols_side = round_side(team, in.col_lse, in.col_weight, m, memory);
+        clear(team, m, dy);
+        std::vector<double> dots(ceil_div(n, kGroup));
+        for (index_t first = 0; first < n; first += chunk_rows_) {
+            const index_t rows = std::min(chunk_rows_, n - first);
+            T* dx = kApart ? dx_apart : static_cast<T*>(out.dx) + first * d_;
+            clear(team, rows, dx);
+            pack_left(team, first, rows, x_pack);
+            pack_rows(team, block_.x, first, rows, chunk_rows_, x_rows);
+            for (index_t column = 0; column < m; column += chunk_cols_) {
+                const index_t cols = std::min(chunk_cols_, m - column);
+                pack_right(team, column, cols, y_pack);
+                pack_rows(team, block_.y, column, cols, chunk_cols_, y_rows);
+                for_groups(team, first, rows, column, cols, [&](int, auto group, index_t row, index_t panel) {
+                    group.s = gradient + (panel * chunk_rows_ + row) * kWidth;
+                    logits_.form(group, x_pack + row * d_, y_pack + panel * kWidth * d_);
+                    logits_.to_gradient(group, rows_side, cols_side, in.positive_weight, first + row,
+                                        column + panel * kWidth);
                 });
-                multiply(tile_cols(tile), d, rows, &gradient[tile * kTile], 1, width, x_panel_.get(), d,
-                         dy + tile * kTile * d, d);
+                add_products(team, rows, cols, gradient, x_rows, y_rows, dx, dy + column * d_);
+            }
+            team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
+                const index_t row = group * kGroup;
+                dots[first / kGroup + group] = finish_rows(first + row, std::min(kGroup, rows - row), dx + row * d_,
+                                                           static_cast<Element*>(out.dx));
             });
-            // As few tasks as there are threads: each reads all of y.
-            const index_t share = ceil_div(ceil_div(rows, kGroup), threads_) * kGroup;
-            parallel_for(threads_, ceil_div(rows, share), [&](int worker, index_t task) {
-                const index_t row = task * share, count = std::min(share, rows - row);
-                times_y(worker, &gradient[row * width], width, count, &gradient_y[row * d]);
-                for (index_t i = row; i < row + count; ++i) {
-                    row_dot[i] = 0;
-                    Element* dx = static_cast<Element*>(out.dx) + (first + i) * d;
-                    for (index_t c = 0; c < d; ++c) {
-                        row_dot[i] += double(gradient_y[i * d + c]) * double(x_panel_[i * d + c]);
-                        dx[c] = store<Element>(scale_ * gradient_y[i * d + c]);
-                    }
-                }
-            });
-            for (index_t i = 0; i < rows; ++i) dscale += row_dot[i];
         }
-        for (index_t i = 0; i < m * d; ++i) static_cast<Element*>(out.dy)[i] = store<Element>(scale_ * dy[i]);
+        team.for_each(ceil_div(m, kGroup), [&](int, index_t group) {
+            const index_t end = std::min(m, (group + 1) * kGroup) * d_;
+            for (index_t i = group * kGroup * d_; i < end; ++i)
+                static_cast<Element*>(out.dy)[i] = store<Element>(scale_ * dy[i]);
+        });
+        double dscale = 0;
+        for (const double dot : dots) dscale += dot;
         return dscale;
     }
 
-    // What a backward pass holds at most, apart from its outputs.
-    index_t workspace_bytes() const {
-        const index_t n = block_.n(), m = block_.m(), d = block_.d();
-        const index_t apart = std::is_same_v<T, Element> ? 0 : m * d;
-        const index_t per_thread = kTile * d + panel_ * kTile;
-        return index_t{sizeof(T)} * (apart + panel_ * (tiles_ * kTile + 2 * d) + threads_ * per_thread);
-    }
+    // What a pass holds at most, apart from its outputs.
+    index_t workspace_bytes() const { return index_t{sizeof(T)} * std::max(forward_size(), backward_size()); }
 
   private:
-    index_t tile_cols(index_t tile) const { return std::min(kTile, block_.m() - tile * kTile); }
+    // In numbers of type T, all buffers that grow with the block.
+    index_t forward_size() const {
+        return (chunk_rows_ + chunk_cols_) * d_ + threads_ * kGroup * kWidth + kBufferSlack<T>;
+    }
+    index_t backward_size() const {
+        const index_t apart = kApart ? (chunk_rows_ + block_.m()) * d_ : 0;
+        const index_t packs = (chunk_rows_ + chunk_cols_) * (d_ + round_up(d_, kWidth));
+        const index_t sides = 2 * (block_.n() + block_.m());
+        return chunk_rows_ * chunk_cols_ + packs + apart + sides + kBufferSlack<T>;
+    }
 
-    // Forms the tile's logits for the panel of `rows` rows from `first`, then calls visit(group, its row in the panel).
+    static Side<T> round_side(Team& team, const double* lse, const double* weight, index_t count, Buffer<T>& memory) {
+        T *rounded_lse = memory.take(count), *rounded_weight = memory.take(count);
+        team.for_each(ceil_div(count, kBlockRows), [&](int, index_t task) {
+            const index_t begin = task * kBlockRows, end = std::min(count, begin + kBlockRows);
+            Side<T>::round(lse, weight, begin, end, rounded_lse, rounded_weight);
+        });
+        return {rounded_lse, rounded_weight};
+    }
+
+    // Rows of x as the left operand of x y^T: [row / kRows][d][kRows].
+    void pack_left(Team& team, index_t first, index_t rows, T* out) const {
+        team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
+            const index_t row = group * kGroup, count = std::min(kGroup, rows - row);
+            Tiles::template pack_transposed<Element, kRows>(block_.x, first + row, count, out + row * d_);
+        });
+    }
+
+    // Rows of y as its right operand: a panel after the other, [d][the panel's width].
+    void pack_right(Team& team, index_t column, index_t cols, T* out) const {
+        team.for_each(ceil_div(cols, kWidth), [&](int, index_t panel) {
+            const index_t first = panel * kWidth, count = std::min(kWidth, cols - first);
+            Tiles::with_vectors(count, [&](auto vectors) {
+                Tiles::template pack_transposed<Element, vectors.value * W>(block_.y, column + first, count,
+                                                                           out + first * d_);
+            });
+        });
+    }
+
+    // Rows of a as the right operand of G y and G^T x: [d / kWidth][capacity][the panel's width].
+    void pack_rows(Team& team, const Matrix& a, index_t first, index_t rows, index_t capacity, T* out) const {
+        const index_t blocks = ceil_div(rows, kBlockRows);
+        team.for_each(blocks * ceil_div(d_, kWidth), [&](int, index_t task) {
+            const index_t col = task / blocks * kWidth, row = task % blocks * kBlockRows;
+            const index_t cols = std::min(kWidth, d_ - col), width = round_up(cols, W);
+            Tiles::template pack_rows<Element>(a, first + row, std::min(kBlockRows, rows - row), col, cols, width,
+                                               out + col * capacity + row * width);
+        });
+    }
+
+    void clear(Team& team, index_t rows, T* gradient) const {
+        team.for_each(ceil_div(rows, kBlockRows), [&](int, index_t task) {
+            const index_t end = std::min(rows, (task + 1) * kBlockRows);
+            std::fill(gradient + task * kBlockRows * d_, gradient + end * d_, T(0));
+        });
+    }
+
+    // In how many parts to do what `blocks` tasks would do, so that there are tasks for all threads.
+    index_t parts(index_t blocks, index_t panels) const {
+        return std::clamp(ceil_div(kTasksPerThread * threads_, blocks), index_t{1}, panels);
+    }
+
+    // Calls visit(worker, group without its logits, row, panel) for all groups of a chunk.
     template <class Visit>
-    void for_groups(int worker, index_t tile, index_t first, index_t rows, const Visit& visit) {
-        const index_t d = block_.d(), cols = tile_cols(tile);
-        T* y = &y_tile_[worker * kTile * d];
-        T* s = &s_[worker * panel_ * kTile];
-        load_transposed<Element>(block_.y, tile * kTile, cols, kTile, y);
-        std::fill(s, s + rows * kTile, T(0));
-        multiply(rows, kTile, d, x_panel_.get(), d, index_t{1}, y, kTile, s, kTile);
-        for (index_t row = 0; row < rows; row += kGroup) {
-            const Group<T> group{s + row * kTile, std::min(kGroup, rows - row), cols,
-                                 first + row + block_.diag_offset - tile * kTile};
-            for (index_t i = 0; i < group.rows; ++i)
-                for (index_t j = 0; j < cols; ++j) {
-                    const T dot = group.row(i)[j];
-                    group.row(i)[j] = dot * scale2_ + (dot * scale2_rest_ + bias2_);
-                }
-            visit(group, row);
-        }
-    }
-
-    // Adds the group's exponentials to its rows' and its columns' sums; positives are -inf by now.
-    static void add_sums(const Group<T>& group, ShiftedSum<T>* row_sums, ShiftedSum<T>* col_sums) {
-        const Spread<T> spread(group);
-        if (!spread.narrow()) return add_wide_sums(group, row_sums, col_sums);
-        T col_sum[kTile] = {};
-        for (index_t i = 0; i < group.rows; ++i) {
-            T* s = group.row(i);
-            T row_sum = 0;
-            for (index_t j = 0; j < group.cols; ++j) {
-                s[j] = std::exp2(s[j] - spread.high);
-                row_sum += s[j];
-                col_sum[j] += s[j];
+    void for_groups(Team& team, index_t first, index_t rows, index_t column, index_t cols, const Visit& visit) const {
+        const index_t panels = ceil_div(cols, kWidth), blocks = ceil_div(rows, block_rows_);
+        const index_t share = ceil_div(panels, parts(blocks, panels));
+        team.for_each(blocks * ceil_div(panels, share), [&](int worker, index_t task) {
+            const index_t row = task % blocks * block_rows_, begin = task / blocks * share;
+            for (index_t panel = begin; panel < std::min(panels, begin + share); ++panel) {
+                const index_t count = std::min(kWidth, cols - panel * kWidth);
+                Tiles::with_vectors(count, [&](auto vectors) {
+                    for (index_t r = row; r < std::min(rows, row + block_rows_); r += kGroup)
+                        visit(worker,
+                              Group<Isa, T, vectors.value>{nullptr, std::min(kGroup, rows - r), count,
+                                                           first + r + block_.diag_offset - column - panel * kWidth},
+                              r, panel);
+                });
             }
-            row_sums[i].add(spread.high, row_sum);
-        }
-        for (index_t j = 0; j < group.cols; ++j) col_sums[j].add(spread.high, col_sum[j]);
+        });
     }
 
-    static void add_wide_sums(const Group<T>& group, ShiftedSum<T>* row_sums, ShiftedSum<T>* col_sums) {
-        for (index_t i = 0; i < group.rows; ++i)
-            for (index_t j = 0; j < group.cols; ++j) {
-                if (j == group.positive + i) continue;
-                const T logit = group.row(i)[j];
-                // A shift is finite, so an infinite logit stays in the sum, and a NaN does too.
-                row_sums[i].add(std::isnan(logit) ? T(0) : logit, term(logit));
-                col_sums[j].add(std::isnan(logit) ? T(0) : logit, term(logit));
-            }
-    }
-
-    // exp2(logit - its own shift): 1, or 0 for -inf, inf for +inf, NaN for NaN.
-    static T term(T logit) {
-        constexpr T infinity = std::numeric_limits<T>::infinity();
-        return std::isnan(logit) || logit == infinity ? logit : T(logit != -infinity);
-    }
-
-    // Replaces the group's logits, the first of which is at (first, column), by G.
-    static void form_gradient(const Group<T>& group, const Weights& in, index_t first, index_t column) {
-        const T* row_lse = static_cast<const T*>(in.row_lse) + first;
-        const T* col_lse = static_cast<const T*>(in.col_lse) + column;
-        const T* row_weight = static_cast<const T*>(in.row_weight) + first;
-        const T* col_weight = static_cast<const T*>(in.col_weight) + column;
-        const T* positive_weight = static_cast<const T*>(in.positive_weight) + first;
-        const Spread<T> spread(group);
-        T factor[kTile];
-        if (spread.narrow())
-            for (index_t j = 0; j < group.cols; ++j)
-                factor[j] = col_weight[j] * std::exp2(spread.high - col_lse[j]);
-        for (index_t i = 0; i < group.rows; ++i) {
-            T* s = group.row(i);
-            if (spread.narrow()) {
-                const T row_factor = row_weight[i] * std::exp2(spread.high - row_lse[i]);
-                for (index_t j = 0; j < group.cols; ++j)
-                    s[j] = std::exp2(s[j] - spread.high) * (row_factor + factor[j]);
+    // dx += G y and dy += G^T x for a chunk. A task has a block of rows of dx or dy, and a part of the d columns.
+    void add_products(Team& team, index_t rows, index_t cols, const T* gradient, const T* x_rows, const T* y_rows,
+                      T* dx, T* dy) const {
+        const index_t panels = ceil_div(d_, kWidth), panel_size = chunk_rows_ * kWidth;
+        const index_t dx_blocks = ceil_div(rows, kBlockRows), dy_blocks = ceil_div(cols, kBlockCols);
+        const index_t share = ceil_div(panels, parts(dx_blocks + dy_blocks, panels));
+        const index_t dx_depth = Tiles::depth(block_.m()), dy_depth = Tiles::depth(block_.n());
+        // The blocks of dy come first: they are larger.
+        team.for_each((dx_blocks + dy_blocks) * ceil_div(panels, share), [&](int, index_t task) {
+            const index_t block = task % (dx_blocks + dy_blocks), part = task / (dx_blocks + dy_blocks);
+            const index_t begin = part * share, end = std::min(panels, begin + share);
+            if (block < dy_blocks) {
+                const index_t first = block * kBlockCols, last = std::min(cols, first + kBlockCols);
+                for (index_t k = 0; k < rows; k += dy_depth)
+                    for_panels(begin, end, [&](auto vectors, index_t c, index_t count) {
+                        constexpr int NV = vectors.value;
+                        for (index_t j = first; j < last; j += kRows)
+                            Tiles::template add_product<NV, 1, kWidth>(
+                                1, std::min(dy_depth, rows - k),
+                                gradient + j / kWidth * panel_size + k * kWidth + j % kWidth, 0,
+                                x_rows + c * chunk_rows_ + k * NV * W, dy + j * d_ + c, d_, last - j, count);
+                    });
             } else {
-                for (index_t j = 0; j < group.cols; ++j)
-                    s[j] = row_weight[i] * std::exp2(s[j] - row_lse[i]) +
-                           col_weight[j] * std::exp2(s[j] - col_lse[j]);
+                const index_t first = (block - dy_blocks) * kBlockRows, last = std::min(rows, first + kBlockRows);
+                for (index_t k = 0; k < cols; k += dx_depth)
+                    for_panels(begin, end, [&](auto vectors, index_t c, index_t count) {
+                        constexpr int NV = vectors.value;
+                        // Whole panels of G, then what is left.
+                        const index_t terms = std::min(dx_depth, cols - k), whole = terms / kWidth * kWidth;
+                        const T *g = gradient + k / kWidth * panel_size, *y = y_rows + c * chunk_cols_ + k * NV * W;
+                        for (index_t i = first; i < last; i += kRows) {
+                            if (whole)
+                                Tiles::template add_product<NV, kWidth, 1>(whole / kWidth, kWidth, g + i * kWidth,
+                                                                           panel_size, y, dx + i * d_ + c, d_,
+                                                                           last - i, count);
+                            if (whole < terms)
+                                Tiles::template add_product<NV, kWidth, 1>(
+                                    1, terms - whole, g + whole * chunk_rows_ + i * kWidth, 0, y + whole * NV * W,
+                                    dx + i * d_ + c, d_, last - i, count);
+                        }
+                    });
             }
-        }
-        group.for_positives([&](index_t i, T& logit) { logit = positive_weight[i]; });
+        });
     }
 
-    // out[rows][d] = G y for `rows` rows of G.
-    void times_y(int worker, const T* gradient, index_t width, index_t rows, T* out) {
-        const index_t d = block_.d();
-        T* y = &y_tile_[worker * kTile * d];
-        std::fill(out, out + rows * d, T(0));
-        for (index_t tile = 0; tile < tiles_; ++tile) {
-            load_rows<Element>(block_.y, tile * kTile, tile_cols(tile), y);
-            multiply(rows, d, tile_cols(tile), gradient + tile * kTile, width, index_t{1}, y, d, out, d);
+    // Calls visit(std::integral_constant<int, vectors>, first column, columns) for panels of the d columns.
+    template <class Visit>
+    void for_panels(index_t begin, index_t end, const Visit& visit) const {
+        for (index_t panel = begin; panel < end; ++panel) {
+            const index_t c = panel * kWidth, count = std::min(kWidth, d_ - c);
+            Tiles::with_vectors(count, [&](auto vectors) { visit(vectors, c, count); });
         }
+    }
+
+    // Writes dx = scale G y of `count` rows and returns their part of dscale.
+    double finish_rows(index_t first, index_t count, const T* gradient_y, Element* dx) const {
+        using Double = Vector<double, W>;
+        Double dot = {};
+        for (index_t i = 0; i < count; ++i, gradient_y += d_) {
+            for (index_t c = 0; c < d_; c += W) {
+                const V product = Tiles::load_elements(gradient_y + c, 1, d_ - c);
+                const V row = Tiles::load_elements(Tiles::template element<Element>(block_.x, first + i, c),
+                                                   block_.x.col_stride, d_ - c);
+                dot += __builtin_convertvector(product, Double) * __builtin_convertvector(row, Double);
+                Tiles::store_elements(dx + (first + i) * d_ + c, scale_ * product, d_ - c);
+            }
+        }
+        return reduce<double, W>(dot, [](auto a, auto b) { return a + b; });
     }
 
     Block block_;
+    index_t d_;
     int threads_;
     T scale_;
-    T scale2_, scale2_rest_, bias2_;  // log2 units; the rest keeps the rounding of scale2 from shifting every logit
-    index_t panel_, tiles_;
-    std::unique_ptr<T[]> x_panel_;  // [panel, d]
-    std::unique_ptr<T[]> y_tile_;   // a worker's tile, [d, kTile] or [kTile, d]
-    std::unique_ptr<T[]> s_;        // a worker's logits, [panel, kTile]
+    Logits<Isa, T> logits_;
+    index_t chunk_rows_, chunk_cols_;
+    index_t block_rows_;  // of a task that forms logits
 };
 
+}  // namespace
 }  // namespace clipfast

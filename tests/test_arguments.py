@@ -41,7 +41,7 @@ X = torch.randn(4, 3)
         ({"deterministic": "yes"}, TypeError, "deterministic: got str; accepted"),
         ({"grad_reduction": "none"}, ValueError, "grad_reduction: got 'none'; accepted are 'mean' and 'sum'"),
         ({"group": "world"}, TypeError, "group: got str; accepted is a torch.distributed.ProcessGroup"),
-        ({"backend": "fast"}, ValueError, "backend: 'fast' is unknown; accepted are 'auto', 'triton', 'torch', 'cpu'"),
+        ({"backend": "fast"}, ValueError, "backend: 'fast' is unknown; accepted are 'auto', 'triton', 'cpu', 'torch'"),
         ({"backend": None}, TypeError, "backend: got NoneType; accepted"),
         ({"image_ids": torch.arange(4)}, NotImplementedError, "image_ids: .* not available yet"),
         ({"text_ids": torch.arange(4)}, NotImplementedError, "text_ids: .* not available yet"),

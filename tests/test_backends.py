@@ -35,7 +35,7 @@ def test_blocks_merge_to_the_whole(backend: str, scale: float, dtype: torch.dtyp
         col_lse[cols] = col_lse[cols].logaddexp(col)
         positive[rows] += own
 
-    weights = autograd.symmetric_cross_entropy_weights(row_lse, col_lse, positive)
+    weights = autograd.symmetric_cross_entropy_weights(row_lse, col_lse, positive, torch.ones(()))
     dx, dy = torch.zeros(N, D), torch.zeros(M, D)
     dscale = torch.zeros(())
     for rows, cols, diag_offset in blocks:

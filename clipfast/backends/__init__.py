@@ -20,6 +20,9 @@ on a block of logits L = scale * x y^T + bias, in which the positive of row i is
     G_ij = row_weight_i exp(L_ij - row_lse_i) + col_weight_j exp(L_ij - col_lse_j),   G_ip = positive_weight_i
     dx = scale G y,   dy = scale G^T x,   dscale = sum_i <(G y)_i, x_i>
 
+and may hold `symmetric_cross_entropy` and `symmetric_cross_entropy_weights` in place of those in clipfast/autograd.py,
+where one call is to take the place of many small ones.
+
 Leaving the positive out of the logsumexps is what keeps a well-trained model's loss and gradient precise: there
 P_ii is 1 - 1e-9, and P_ii - 1 taken from a rounded logsumexp would be noise. Here it never is a difference.
 

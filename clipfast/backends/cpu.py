@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clipfast.problem import Problem, round_statistics
+from clipfast.problem import Problem
 
 try:
     from clipfast import _cpu
 
     _MISSING = ""
+    _INSTRUCTION_SETS = dict(_cpu.instruction_sets())
 except ImportError as error:
+    _INSTRUCTION_SETS = {}
     _MISSING = (
         f"the compiled extension clipfast._cpu is missing ({error}); clipfast was imported from "
         f"{Path(__file__).parents[1]}: reinstall it with a C++17 compiler on the machine (pip install . , or "
@@ -23,13 +25,39 @@ except ImportError as error:
 
 NAME = "cpu"
 
-LOG2_E = math.log2(math.e)
+ENVIRONMENT_VARIABLE = "CLIPFAST_CPU_ISA"
+
+
+def instruction_sets() -> dict[str, bool]:
+    """The instruction sets that kernels exist for, best first, and whether this processor has them."""
+    return dict(_INSTRUCTION_SETS)
+
+
+def instruction_set() -> str:
+    """The one in use: the best that this processor has, or the one that CLIPFAST_CPU_ISA names.
+
+    Raises:
+        ValueError: the name is unknown, or this processor does not have it.
+    """
+    available = [name for name, here in _INSTRUCTION_SETS.items() if here]
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or available[0]
+    if name not in _INSTRUCTION_SETS:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}: got {name!r}; accepted are {', '.join(map(repr, _INSTRUCTION_SETS))}"
+        )
+    if name not in available:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}: this processor has no {name!r}; it has {', '.join(map(repr, available))}"
+        )
+    return name
 
 
 def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     reasons = []
     if _MISSING:
         reasons.append(_MISSING)
+    else:
+        instruction_set()
     if problem.device.type != "cpu":
         reasons.append(f"runs on CPU tensors only, the inputs are on {problem.device}")
     return tuple(reasons)
@@ -44,7 +72,9 @@ def folds_norms(dtype: torch.dtype) -> bool:
 
 
 def workspace_bytes(problem: Problem) -> int:
-    return _cpu.workspace_bytes(_name(problem.dtype), problem.n, problem.m, problem.d, torch.get_num_threads())
+    return _cpu.workspace_bytes(
+        instruction_set(), _name(problem.dtype), problem.n, problem.m, problem.d, torch.get_num_threads()
+    )
 
 
 def forward(
@@ -54,8 +84,9 @@ def forward(
     bias: Tensor,  # []
     diag_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, col_lse, positive = (torch.empty(k, dtype=torch.float64) for k in (len(x), len(y), len(x)))
+    row_lse, col_lse, positive = (torch.empty(t.shape[0], dtype=torch.float64) for t in (x, y, x))
     _cpu.forward(
+        instruction_set(),
         _block(x, y, scale, bias, diag_offset),
         row_lse.data_ptr(),
         col_lse.data_ptr(),
@@ -77,11 +108,12 @@ def backward(
     positive_weight: Tensor,  # [n]
     diag_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, row_weight = round_statistics(row_lse, row_weight, scale.dtype, log_unit=LOG2_E)
-    col_lse, col_weight = round_statistics(col_lse, col_weight, scale.dtype, log_unit=LOG2_E)
-    positive_weight = positive_weight.to(scale.dtype).contiguous()
+    row_lse, col_lse, row_weight, col_weight, positive_weight = (
+        t.contiguous() for t in (row_lse, col_lse, row_weight, col_weight, positive_weight)
+    )
     dx, dy = x.new_empty(x.shape), y.new_empty(y.shape)
     dscale = _cpu.backward(
+        instruction_set(),
         _block(x, y, scale, bias, diag_offset),
         row_lse.data_ptr(),
         row_weight.data_ptr(),
@@ -95,14 +127,39 @@ def backward(
     return dx, dy, scale.new_full((), dscale)
 
 
+def symmetric_cross_entropy(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> Tensor:  # [n], [m], [n] -> []
+    loss = _cpu.symmetric_cross_entropy(row_lse.data_ptr(), col_lse.data_ptr(), positive.data_ptr(), positive.shape[0])
+    return row_lse.new_full((), loss)
+
+
+def symmetric_cross_entropy_weights(
+    row_lse: Tensor,  # [n]
+    col_lse: Tensor,  # [m]
+    positive: Tensor,  # [n]
+    gradient: Tensor,  # []
+) -> tuple[Tensor, Tensor, Tensor]:  # [n], [m], [n]
+    weights = torch.empty_like(row_lse), torch.empty_like(col_lse), torch.empty_like(positive)
+    _cpu.symmetric_cross_entropy_weights(
+        row_lse.data_ptr(),
+        col_lse.data_ptr(),
+        positive.data_ptr(),
+        row_lse.shape[0],
+        col_lse.shape[0],
+        gradient.item(),
+        *(weight.data_ptr() for weight in weights),
+    )
+    return weights
+
+
 def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int) -> _cpu.Block:
+    n, d = x.shape
     x_row_stride, x_col_stride = x.stride()
     y_row_stride, y_col_stride = y.stride()
     return _cpu.Block(
         dtype=_name(x.dtype),
-        n=len(x),
-        m=len(y),
-        d=x.shape[1],
+        n=n,
+        m=y.shape[0],
+        d=d,
         x=x.data_ptr(),
         x_row_stride=x_row_stride,
         x_col_stride=x_col_stride,

@@ -97,13 +97,18 @@ def backward(
 
 def _missing(device: torch.device) -> tuple[str, ...]:
     """Why no problem at all runs on this device."""
+    return _reasons_once(device, _interpreted())
+
+
+@functools.cache
+def _reasons_once(device: torch.device, interpreted: bool) -> tuple[str, ...]:
     if importlib.util.find_spec("triton") is None:
         return ("triton is not installed: pip install clipfast[triton]",)
     reasons = []
     version = _triton_version()
     if version < MIN_TRITON:
         reasons.append(f"triton {_dotted(version)} is too old: {_dotted(MIN_TRITON)} or newer is needed")
-    if _interpreted():
+    if interpreted:
         if device.type != "cpu":
             reasons.append(f"TRITON_INTERPRET is set, which takes CPU tensors only; the inputs are on {device}")
     elif not torch.cuda.is_available():
