@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import compare, environment, gpu, memory, report
+from benchmarks import compare, compile_report, environment, gpu, memory, report
 from benchmarks.cases import DTYPES, Case
 from benchmarks.run import Runner
 
@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw.set_defaults(call=lambda options: report.main())
     bytes_ = commands.add_parser("memory", help="memory of the loss against the batch size, for README.md")
     bytes_.set_defaults(call=lambda options: memory.main())
+    compiled = commands.add_parser("compile-report", help="what every Triton configuration compiles to, without a GPU")
+    compiled.add_argument("--architecture", nargs="+", default=list(compile_report.DEVICES), metavar="NAME")
+    compiled.set_defaults(call=lambda options: compile_report.main(options.architecture))
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("--") and given[0] != "--help"):
         given.insert(0, "run")

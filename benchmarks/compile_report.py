@@ -7,20 +7,23 @@ matrix instructions from its assembly.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from tqdm import tqdm
 
 from clipfast import tuning
 from clipfast.tuning import Config, Device
@@ -75,18 +78,31 @@ class Compiled:
     fault: str  # why it may not ship; empty if it may
 
 
-def cases(architecture: str = "") -> list[Case]:
-    """Every shipped configuration in every dtype that it serves."""
+def cases(architectures: Sequence[str] = tuple(DEVICES)) -> list[Case]:
+    """Every shipped configuration, in bfloat16 with and without norms or in both kinds of float32."""
     found = []
     for config in tuning.CONFIGS:
-        if config.architecture not in DEVICES or (architecture and config.architecture != architecture):
+        if config.architecture not in architectures:
             continue
         if config.itemsize == 2:
-            found += [Case(config, torch.bfloat16, "ieee"), Case(config, torch.bfloat16, "ieee", factors=True)]
-            found += [Case(config, torch.float16, "ieee")]
+            found += [Case(config, torch.bfloat16, "ieee", factors) for factors in (False, True)]
         else:
             found += [Case(config, torch.float32, precision) for precision in ("ieee", "tf32")]
     return found
+
+
+def fault(case: Case, stack: int, shared: int, instructions: int) -> str:
+    """Why what a case became may not ship; empty if it may."""
+    device = DEVICES[case.config.architecture]
+    faults = []
+    if stack > MAX_STACK:
+        faults.append(f"a stack of {stack} bytes")
+    if shared > device.shared_bytes:
+        faults.append(f"{shared} bytes of shared memory, of {device.shared_bytes}")
+    # Real float32 has no matrix instruction on NVIDIA.
+    if not instructions and (case.dtype, case.precision) != (torch.float32, "ieee"):
+        faults.append(f"no {MATRIX_INSTRUCTIONS[device.architecture]}")
+    return "; ".join(faults)
 
 
 def compile_case(case: Case) -> Compiled:
@@ -105,16 +121,10 @@ def compile_case(case: Case) -> Compiled:
             options: dict[str, Any] = {"config": config, "precision": case.precision, "strategy": strategy}
             launch.backward(x, y, scale, bias, *statistics, 0, *factors, **options)
     kernel = kernels[f"{config.kernel}_kernel"]
-    registers, stack, assembly = (_amd_resources if device.architecture.startswith("gfx") else _nvidia_resources)(kernel)
+    resources = _amd_resources if device.architecture.startswith("gfx") else _nvidia_resources
+    registers, stack, assembly = resources(kernel)
     instructions = len(re.findall(re.escape(MATRIX_INSTRUCTIONS[device.architecture]), assembly))
     shared = int(kernel.metadata.shared)
-    faults = []
-    if stack > MAX_STACK:
-        faults.append(f"a stack of {stack} bytes")
-    if shared > device.shared_bytes:
-        faults.append(f"{shared} bytes of shared memory, {device.shared_bytes} is what there is")
-    if not instructions and case.precision == "tf32" or case.dtype != torch.float32 and not instructions:
-        faults.append(f"no {MATRIX_INSTRUCTIONS[device.architecture]}")
     return Compiled(
         case=str(case),
         warps=config.num_warps,
@@ -123,7 +133,7 @@ def compile_case(case: Case) -> Compiled:
         stack=stack,
         shared=shared,
         matrix_instructions=instructions,
-        fault="; ".join(faults),
+        fault=fault(case, stack, shared, instructions),
     )
 
 
@@ -182,20 +192,25 @@ def _amd_resources(kernel: Any) -> tuple[int, int, str]:
     return registers, stack, assembly
 
 
-def main() -> None:
-    from tqdm import tqdm
+def main(architectures: Sequence[str]) -> None:
+    """Print a line for each case.
 
+    Raises:
+        SystemExit: one may not ship, or there is nothing to compile with.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("triton is not installed: pip install clipfast[triton]")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise SystemExit("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
-    chosen = cases()
-    print(f"{'case':60} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'matrix':>6}")
+        raise SystemExit("TRITON_INTERPRET is set, so that nothing is compiled: unset it")
+    chosen = cases(architectures)
+    tqdm.write(f"triton {metadata.version('triton')}; registers and stack bytes per thread, shared bytes per program")
+    tqdm.write(f"{'case':52} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'matrix':>6}")
     faults = 0
     for row in tqdm(compile_all(chosen), total=len(chosen), disable=None):
-        values = asdict(row)
         faults += bool(row.fault)
         tqdm.write(
-            f"{values['case']:60} {row.warps:5} {row.stages:6} {row.registers:9} {row.stack:5} {row.shared:7} "
+            f"{row.case:52} {row.warps:5} {row.stages:6} {row.registers:9} {row.stack:5} {row.shared:7} "
             f"{row.matrix_instructions:6}  {row.fault}"
         )
     if faults:
-        raise SystemExit(f"{faults} configurations may not ship")
+        raise SystemExit(f"{faults} of {len(chosen)} may not ship")

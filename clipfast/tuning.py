@@ -2,14 +2,13 @@
 
 No figure here was measured. Each configuration was compiled for its architecture without spills, within its shared
 memory and with its matrix instructions (python -m benchmarks compile-report); the order among them is a guess until
-`search` has been run on the device (python -m benchmarks gpu --tune).
+a search has been run on the device (python -m benchmarks gpu --tune), which prints the lines that belong here.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +88,7 @@ def describe(device: torch.device) -> Device:
         return Device("gfx942", properties.multi_processor_count, 64 << 10)
     # Consumer Blackwell (12.x) has neither tcgen05 nor wgmma.
     architecture = {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(properties.major, "sm_80")
-    return Device(architecture, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Device(architecture, properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def reason_against(config: Config, device: Device, itemsize: int, d: int, tma_fits: bool) -> str:
@@ -110,7 +109,7 @@ def reason_against(config: Config, device: Device, itemsize: int, d: int, tma_fi
 @functools.lru_cache(maxsize=1024)
 def choose(kernel: str, device: Device, itemsize: int, d: int, tma_fits: bool = True) -> Choice:
     """The first configuration of the table without a reason against it."""
-    rejected = []
+    rejected: list[tuple[Config, str]] = []
     for config in CONFIGS:
         if config.kernel != kernel:
             continue
@@ -186,6 +185,34 @@ def float32_product(device: Device) -> str:
 
 
 CONFIGS: tuple[Config, ...] = (
+    Config("statistics", "sm_80", 2, 128, 128, 32, 8, 4),
+    Config("gradient", "sm_80", 2, 128, 128, 32, 8, 4),
+    Config("accumulate", "sm_80", 2, 64, 64, 64, 8, 2, block_out=256),
+    Config("statistics", "sm_80", 4, 128, 64, 32, 8, 3),
+    Config("gradient", "sm_80", 4, 128, 64, 32, 8, 3),
+    Config("accumulate", "sm_80", 4, 64, 64, 32, 8, 1, block_out=64),
+    Config("statistics", "sm_90", 2, 128, 256, 64, 8, 3, tma=True),
+    Config("statistics", "sm_90", 2, 128, 128, 64, 8, 3),
+    Config("gradient", "sm_90", 2, 128, 256, 64, 8, 3, tma=True),
+    Config("gradient", "sm_90", 2, 128, 128, 64, 8, 3),
+    Config("accumulate", "sm_90", 2, 64, 64, 64, 8, 2, block_out=256),
+    Config("statistics", "sm_90", 4, 128, 64, 32, 8, 3),
+    Config("gradient", "sm_90", 4, 128, 64, 32, 8, 3),
+    Config("accumulate", "sm_90", 4, 64, 64, 32, 8, 1, block_out=64),
+    Config("statistics", "sm_100", 2, 128, 64, 64, 8, 4, tma=True),
+    Config("statistics", "sm_100", 2, 128, 64, 64, 8, 3),
+    Config("gradient", "sm_100", 2, 128, 256, 64, 8, 3, tma=True),
+    Config("gradient", "sm_100", 2, 128, 64, 64, 8, 3),
+    Config("accumulate", "sm_100", 2, 64, 64, 64, 8, 2, block_out=256),
+    Config("statistics", "sm_100", 4, 128, 64, 32, 8, 3),
+    Config("gradient", "sm_100", 4, 128, 64, 32, 8, 3),
+    Config("accumulate", "sm_100", 4, 64, 64, 32, 8, 1, block_out=64),
+    Config("statistics", "gfx942", 2, 128, 128, 32, 8, 2),
+    Config("gradient", "gfx942", 2, 128, 128, 32, 8, 2),
+    Config("accumulate", "gfx942", 2, 64, 64, 64, 8, 1, block_out=256),
+    Config("statistics", "gfx942", 4, 64, 64, 32, 8, 1),
+    Config("gradient", "gfx942", 4, 64, 64, 32, 8, 1),
+    Config("accumulate", "gfx942", 4, 64, 64, 32, 8, 1, block_out=64),
     Config("statistics", "interpreter", 0, 256, 512, 128, 4, 1),
     Config("gradient", "interpreter", 0, 256, 512, 128, 4, 1),
     Config("accumulate", "interpreter", 0, 256, 512, 128, 4, 1, block_out=512),

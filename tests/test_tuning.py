@@ -1,0 +1,63 @@
+"""Which tile configuration is chosen, and how work and workspace are divided."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks import tune
+from benchmarks.compile_report import DEVICES
+
+from clipfast import tuning
+from clipfast.tuning import KERNELS, Config
+
+SIZES = [(1, 1), (7, 300), (513, 511), (4096, 4096), (100_000, 100_001)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("d", [1, 100, 768, 1280])
+@pytest.mark.parametrize("architecture", DEVICES)
+def test_every_problem_has_a_configuration(kernel: str, itemsize: int, d: int, architecture: str) -> None:
+    for tma_fits in (True, False):
+        choice = tuning.choose(kernel, DEVICES[architecture], itemsize, d, tma_fits)
+        assert (choice.config.kernel, choice.config.architecture) == (kernel, architecture)
+        assert tma_fits or not choice.config.tma
+        assert all(reason for _, reason in choice.rejected)
+
+
+def test_choices_explain_themselves() -> None:
+    device = DEVICES["sm_90"]
+    config = Config("gradient", "sm_90", 2, 128, 256, 64, 8, 3, tma=True, max_d=512)
+    assert tuning.reason_against(config, device, 2, 512, tma_fits=True) == ""
+    assert "unit stride along d" in tuning.reason_against(config, device, 2, 512, tma_fits=False)
+    assert "operands of 2 bytes" in tuning.reason_against(config, device, 4, 512, tma_fits=True)
+    assert "d up to 512" in tuning.reason_against(config, device, 2, 768, tma_fits=True)
+    assert "is for sm_90" in tuning.reason_against(config, DEVICES["sm_80"], 2, 512, tma_fits=True)
+    wide = Config("gradient", "sm_90", 2, 256, 256, 128, 8, 4)
+    assert "bytes of shared memory" in tuning.reason_against(wide, device, 2, 512, tma_fits=True)
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_program_grid_fits_the_device(n: int, m: int) -> None:
+    config = tuning.choose("statistics", DEVICES["sm_90"], 2, 512).config
+    programs_m, programs_n = tuning.program_grid(n, m, config, 132)
+    assert 1 <= programs_m * programs_n <= 132
+    assert programs_m <= -(-n // config.block_m)
+    assert programs_n <= -(-m // config.block_n)
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize("workspace", [1, 1 << 20, 32 << 20])
+def test_chunks_stay_in_the_workspace(n: int, m: int, workspace: int) -> None:
+    rows, cols = tuning.chunk_shape(n, m, 2, workspace)
+    assert 1 <= rows <= n
+    assert 1 <= cols <= m
+    smallest = tuning.CHUNK_STEP * tuning.padded(tuning.CHUNK_STEP) * 2
+    assert rows * tuning.padded(cols) * 2 <= max(workspace, smallest)
+
+
+def test_the_search_tries_what_fits_and_prints_what_can_be_pasted() -> None:
+    for kernel in KERNELS:
+        found = list(tune.candidates(kernel, DEVICES["sm_90"], 2))
+        assert len(found) == len(set(found)) > 20
+        assert found[0] in tuning.CONFIGS
+        assert eval(tune.line(found[0]).strip().rstrip(","), {"Config": Config}) == found[0]
