@@ -111,15 +111,19 @@ def compile_case(case: Case) -> Compiled:
     config, device = case.config, DEVICES[case.config.architecture]
     x, y = (torch.zeros(ROWS, WIDTH, dtype=case.dtype) for _ in range(2))
     scale, bias = torch.ones(()), torch.zeros(())
-    factors = (torch.ones(ROWS), torch.ones(ROWS)) if case.factors else (None, None)
-    statistics = [torch.zeros(ROWS, dtype=torch.float64) for _ in range(5)]
-    with _offline(device) as kernels, mock.patch.object(tuning, "describe", lambda _: device):
+    factor = torch.ones(ROWS) if case.factors else None
+    vector = torch.zeros(ROWS, dtype=torch.float64)
+    with _offline(device) as kernels, mock.patch.object(tuning, "describe", return_value=device):
         if config.kernel == "statistics":
-            launch.forward(x, y, scale, bias, 0, *factors, config=config, precision=case.precision)
+            launch.forward(x, y, scale, bias, 0, factor, factor, config=config, precision=case.precision)
         else:
             strategy = "chunks" if config.kernel == "gradient" else "registers"
+            statistics: dict[str, Any] = dict.fromkeys(("row_lse", "col_lse"), vector)
+            weights: dict[str, Any] = dict.fromkeys(("row_weight", "col_weight", "positive_weight"), vector)
             options: dict[str, Any] = {"config": config, "precision": case.precision, "strategy": strategy}
-            launch.backward(x, y, scale, bias, *statistics, 0, *factors, **options)
+            launch.backward(
+                x, y, scale, bias, **statistics, **weights, diag_offset=0, x_factor=factor, y_factor=factor, **options
+            )
     kernel = kernels[f"{config.kernel}_kernel"]
     resources = _amd_resources if device.architecture.startswith("gfx") else _nvidia_resources
     registers, stack, assembly = resources(kernel)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from datetime import date
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
@@ -23,7 +23,9 @@ ROUNDS = 7
 
 def candidates(kernel: str, device: Device, itemsize: int) -> Iterator[Config]:
     """What may run on the device, the shipped configurations first."""
-    shipped = [c for c in tuning.CONFIGS if (c.kernel, c.architecture, c.itemsize) == (kernel, device.architecture, itemsize)]
+    shipped = [
+        c for c in tuning.CONFIGS if (c.kernel, c.architecture, c.itemsize) == (kernel, device.architecture, itemsize)
+    ]
     outs = (64, 128, 256) if kernel == "accumulate" else (0,)
     tma = (True, False) if device.architecture in ("sm_90", "sm_100") and kernel != "accumulate" else (False,)
     grid = (
@@ -40,8 +42,8 @@ def candidates(kernel: str, device: Device, itemsize: int) -> Iterator[Config]:
 def tune(device: torch.device, seconds: float) -> list[Config]:
     """The fastest configuration of each kernel and operand size, printed as lines for CONFIGS.
 
-    A time is that of forward (statistics) or backward at n = m = 16384, d = 768; the matrix products of backward's chunks
-    are in it, the same for all. What does not compile, or is out of registers or shared memory, is passed over.
+    A time is that of forward (statistics) or backward at n = m = 16384, d = 768; the matrix products of backward's
+    chunks are in it, the same for all. What does not compile, or finds no registers or shared memory, is passed over.
 
     Args:
         device: the GPU.
@@ -80,11 +82,14 @@ def steps(kernel: str, dtype: torch.dtype, device: torch.device) -> Callable[[Co
         return lambda config: launch.forward(x, y, scale, bias, 0, config=config, precision=precision)
     row_lse, col_lse, _ = launch.forward(x, y, scale, bias, 0, precision=precision)
     weight = torch.full_like(row_lse, 1 / (2 * N))
-    vectors: tuple[Tensor, ...] = (row_lse, col_lse, weight, weight, -2 * weight)
+    weights: dict[str, Any] = {"row_weight": weight, "col_weight": weight, "positive_weight": -2 * weight}
     strategy = "chunks" if kernel == "gradient" else "registers"
-    return lambda config: launch.backward(
-        x, y, scale, bias, *vectors, 0, config=config, precision=precision, strategy=strategy
-    )
+
+    def backward(config: Config) -> object:
+        options: dict[str, Any] = {"config": config, "precision": precision, "strategy": strategy}
+        return launch.backward(x, y, scale, bias, row_lse, col_lse, **weights, diag_offset=0, **options)
+
+    return backward
 
 
 def median_time(step: Callable[[Config], object], config: Config) -> float | None:
@@ -96,13 +101,13 @@ def median_time(step: Callable[[Config], object], config: Config) -> float | Non
         step(config)
     except (CompilationError, OutOfResources, PTXASError, RuntimeError):
         return None
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 1)]
+    marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 1)]  # type: ignore[no-untyped-call]
     marks[0].record()
     for mark in marks[1:]:
         step(config)
         mark.record()
     torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))[ROUNDS // 2]
+    return float(sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))[ROUNDS // 2])
 
 
 def line(config: Config) -> str:

@@ -246,8 +246,8 @@ class _Eager(torch.autograd.Function):
 def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *options: Any) -> Tensor:  # []
     """`contrastive_loss`'s first output, with as little overhead as what watches the call allows.
 
-    torch.compile, dispatch modes (fake tensors, counters of operations), functorch's transforms and subclasses of Tensor
-    see an operator.
+    torch.compile, dispatch modes (fake tensors, counters of operations), functorch's transforms and subclasses of
+    Tensor see an operator.
     """
     watched = (
         torch.compiler.is_compiling()

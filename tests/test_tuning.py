@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks import tune
 from benchmarks.compile_report import DEVICES
-
 from clipfast import tuning
 from clipfast.tuning import KERNELS, Config
 

@@ -107,9 +107,7 @@ def store_general_tile(
     for begin in range(0, BLOCK_M, STRIP):
         offs = begin + tl.arange(0, STRIP)
         strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
-        h = general_gradient(
-            strip, rows, cols, row + begin, col, distance + begin, n, m, abs_scale2, STRIP, BLOCK_N
-        )
+        h = general_gradient(strip, rows, cols, row + begin, col, distance + begin, n, m, abs_scale2, STRIP, BLOCK_N)
         dscale += inner_product(h, strip, row + begin, col, n, m, STRIP, BLOCK_N)
         if HAS_FACTORS:
             h = with_factors(h, rows, cols, row + begin, col, n, m, STRIP, BLOCK_N)

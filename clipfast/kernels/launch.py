@@ -97,7 +97,7 @@ def backward(
     strategy: str = tuning.STRATEGY,
     workspace: int = tuning.WORKSPACE_BYTES,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract's backward, by one of tuning.STRATEGIES; H takes at most `workspace` bytes, or its smallest chunk."""
+    """The contract's backward, by one of tuning.STRATEGIES; H takes at most `workspace` bytes or its smallest chunk."""
     if strategy not in tuning.STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}; accepted are {', '.join(map(repr, tuning.STRATEGIES))}")
     n, m = len(x), len(y)

@@ -22,6 +22,7 @@ from clipfast.kernels.tiles import (
     signed_scale,
 )
 
+
 @triton.jit
 def add_wide_tile(
     z,  # [BLOCK_M, BLOCK_N], masked products are -inf
@@ -187,9 +188,7 @@ def merged_lse(partial, offs, count, length, scale, bias, BLOCK: tl.constexpr): 
         ptrs += length
     # In float64: a logsumexp near 100 that is rounded to float32 is wrong by 4e-6.
     return (
-        tl.abs(scale).to(tl.float64) * shift.to(tl.float64)
-        + bias.to(tl.float64)
-        + tl.log2(total.to(tl.float64)) * LN_2
+        tl.abs(scale).to(tl.float64) * shift.to(tl.float64) + bias.to(tl.float64) + tl.log2(total.to(tl.float64)) * LN_2
     )
 
 

@@ -118,7 +118,7 @@ def least_and_largest(z, plain):
     A NaN may be ignored here, it passes through every later sum by itself.
     """
     high = tl.max(z)
-    if plain:
+    if plain:  # noqa: SIM108
         low = tl.min(z)
     else:
         low = tl.min(tl.where(z == -INFINITY, INFINITY, z))

@@ -115,16 +115,12 @@ def prepare_kernel(
         offs = block * BLOCK + tl.arange(0, BLOCK)
         own = (offs < n) & (offs + diag_offset >= 0) & (offs + diag_offset < m)
         positive_ptr = positive_weight + offs
-        prepare_side(
-            row_lse, row_weight, positive_ptr, x_factor, rows, offs, n, own, scale, bias, unit, HAS_FACTORS
-        )
+        prepare_side(row_lse, row_weight, positive_ptr, x_factor, rows, offs, n, own, scale, bias, unit, HAS_FACTORS)
     else:
         offs = (block - row_blocks) * BLOCK + tl.arange(0, BLOCK)
         own = (offs < m) & (offs - diag_offset >= 0) & (offs - diag_offset < n)
         positive_ptr = positive_weight + offs - diag_offset
-        prepare_side(
-            col_lse, col_weight, positive_ptr, y_factor, cols, offs, m, own, scale, bias, unit, HAS_FACTORS
-        )
+        prepare_side(col_lse, col_weight, positive_ptr, y_factor, cols, offs, m, own, scale, bias, unit, HAS_FACTORS)
 
 
 @triton.jit(do_not_specialize=["count", "row_begin"])
