@@ -57,23 +57,23 @@ def product(
             z = multiply_add(x_tile, y_tile.T, z, PRECISION)
     else:
         # Offsets are 64-bit: n * d, or n times a stride, may exceed 2^31. Rows beyond the end read the last row.
+        # Pointers to elements are made anew for each step, as pointers that are kept would fill the registers.
         offs_m = tl.minimum(row + tl.arange(0, BLOCK_M), n - 1).to(tl.int64)
         offs_n = tl.minimum(col + tl.arange(0, BLOCK_N), m - 1).to(tl.int64)
-        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-        x_ptrs = x + offs_m[:, None] * stride_xm + offs_d[None, :] * stride_xd
-        y_ptrs = y + offs_n[:, None] * stride_yn + offs_d[None, :] * stride_yd
-        step = tl.full((), BLOCK_D, tl.int64)
+        x_rows = x + offs_m * stride_xm
+        y_rows = y + offs_n * stride_yn
         for k in range(0, d, BLOCK_D):
+            offs_d = k + tl.arange(0, BLOCK_D).to(tl.int64)
+            x_ptrs = x_rows[:, None] + offs_d[None, :] * stride_xd
+            y_ptrs = y_rows[:, None] + offs_d[None, :] * stride_yd
             if EVEN_D:
                 x_tile = tl.load(x_ptrs)
                 y_tile = tl.load(y_ptrs)
             else:
-                inside = offs_d[None, :] < d - k
+                inside = offs_d[None, :] < d
                 x_tile = tl.load(x_ptrs, mask=inside, other=0.0)
                 y_tile = tl.load(y_ptrs, mask=inside, other=0.0)
             z = multiply_add(x_tile, y_tile.T, z, PRECISION)
-            x_ptrs += step * stride_xd
-            y_ptrs += step * stride_yd
     return z
 
 
