@@ -20,7 +20,7 @@ LAYERS = (
     {"functional"},
     {"modules", "metrics"},
     {"__init__"},
-    {"model", "data"},
+    {"model", "data", "info"},
     {"pictures"},
     {"train"},
 )
