@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint docs bench sanitize clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
@@ -19,6 +19,10 @@ bench: $(VENV)/bench.stamp
 
 lint: $(VENV)/dev.stamp
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
+
+docs: $(VENV)/dev.stamp
+	rm -rf build/docs
+	$(BIN)/python docs/make.py
 
 # The compiled kernels by themselves: every instruction set that this processor has, over awkward shapes.
 sanitize:

@@ -31,7 +31,7 @@ def contrastive_loss(
 ) -> Tensor:  # 0-D
     """CLIP's symmetric cross-entropy over the batch, without ever storing the n*m logits.
 
-    Equal to (Radford et al. 2021, arXiv:2103.00020, figure 3)::
+    Equal to (Radford et al. 2021, arXiv:2103.00020, figure 3):
 
         logits = logit_scale * image_features @ text_features.T + logit_bias          # [n, m], never stored
         labels = torch.arange(n)

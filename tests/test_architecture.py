@@ -23,7 +23,7 @@ LAYERS = (
     {"functional"},
     {"modules", "metrics"},
     {"__init__"},
-    {"model", "data"},
+    {"model", "data", "info"},
     {"pictures"},
     {"train"},
 )
