@@ -23,6 +23,7 @@ LAYERS = (
     {"model", "data"},
     {"pictures"},
     {"train"},
+    {"integrations", "integrations.open_clip"},
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 
