@@ -19,7 +19,7 @@ import clipfast
 from clipfast import reference
 
 make_importable()
-open_clip = pytest.importorskip("open_clip", reason="open_clip is missing; `pip install clipfast[open-clip]` brings it")
+open_clip = pytest.importorskip("open_clip", reason="open_clip is missing; the extra `open-clip` brings it")
 integration = importlib.import_module("clipfast.integrations.open_clip")
 params, distributed, train = (
     importlib.import_module(f"open_clip_train.{name}") for name in ("params", "distributed", "train")
