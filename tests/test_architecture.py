@@ -26,6 +26,7 @@ LAYERS = (
     {"model", "data", "info"},
     {"pictures"},
     {"train"},
+    {"integrations", "integrations.open_clip"},
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 
