@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from oracle import reasons_against
+from torchvision_stub import make_importable
 
 from clipfast import dispatch
 from clipfast.backends import cpu
@@ -12,6 +13,8 @@ from clipfast.backends import cpu
 # Triton reads it when the kernels are imported, which clipfast does when it first runs them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+make_importable()
 
 INSTRUCTION_SETS = [f"cpu-{name}" for name in cpu.instruction_sets()]
 OTHERS = [name for name in dispatch.names() if name != "cpu" or not INSTRUCTION_SETS]

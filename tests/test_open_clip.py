@@ -13,12 +13,10 @@ import pytest
 import torch
 from oracle import assert_three_way, error, evaluate, features
 from torch import Tensor, nn
-from torchvision_stub import make_importable
 
 import clipfast
 from clipfast import reference
 
-make_importable()
 open_clip = pytest.importorskip("open_clip", reason="open_clip is missing; the extra `open-clip` brings it")
 integration = importlib.import_module("clipfast.integrations.open_clip")
 params, distributed, train = (

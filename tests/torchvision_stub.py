@@ -15,7 +15,8 @@ LIBRARY: list[torch.library.Library] = []  # a definition lives as long as its l
 def make_importable() -> None:
     """Let `import torchvision` succeed where only the operators of its compiled library are missing.
 
-    open_clip imports torchvision for its picture transforms; the models and the losses use none of those operators.
+    Libraries that clipfast plugs into import torchvision for picture transforms wherever it is installed; their models
+    and losses use none of those operators.
     """
     if importlib.util.find_spec("torchvision") is None:
         return
