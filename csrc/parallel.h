@@ -19,12 +19,13 @@ namespace clipfast {
 // GNU OpenMP's entry point, which LLVM's and Intel's offer too: run(data) in each of `threads` threads.
 using OpenMP = void (*)(void (*run)(void*), void* data, unsigned threads, unsigned flags);
 
+inline const pid_t kLoadedIn = getpid();
+
 // The OpenMP that PyTorch has loaded, or null. Its threads wait for work by spinning, so threads beside them would have to
 // share the processors; and they are there already. A forked child has none of its parent's threads.
 inline OpenMP loaded_openmp() {
-    static const pid_t process = getpid();
     static const auto entry = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return getpid() == process ? entry : nullptr;
+    return getpid() == kLoadedIn ? entry : nullptr;
 }
 
 // At most `threads` threads that take the tasks of a loop between them.
