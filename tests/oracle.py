@@ -139,9 +139,8 @@ def assert_three_way(
     for name, term in terms.items():
         value, exact_value = getattr(got, name), getattr(exact, name)
         rounding = 2 * torch.finfo(value.dtype).eps * exact_value.abs().max().item()
-        if value.dtype == torch.float16:
-            rounding += 2**-24  # its smallest subnormal number
-        elif value.dtype == torch.bfloat16:
+        rounding += torch.finfo(value.dtype).smallest_normal * torch.finfo(value.dtype).eps  # its smallest number
+        if value.dtype == torch.bfloat16:
             rounding += 2**-126  # its smallest normal number; the interpreter converts what is below wrongly
         rounding += torch.finfo(accumulator).eps * (largest_logit + 2 + math.sqrt(len(y))) * term
         if accumulator == torch.float64:
