@@ -42,8 +42,9 @@ def speed_table(result: dict[str, Any]) -> str:
                 parts.append(f"| {name} | {' | '.join(cells.get(n, '') for n in sizes)} |")
         parts.append("")
     parts.append(
-        "1 P is one `torch.mm` of the same shape and dtype in the same rounds; an exact loss that stores no logits "
-        "multiplies 4 P, in less time where its products are faster than `torch.mm`. Medians of interleaved rounds; an empty cell did not fit the budget. "
+        "1 P is one `torch.mm` of the same shape and dtype in the same rounds. An exact loss that stores no logits "
+        "multiplies 4 P, in less time where its products are faster than `torch.mm`. Medians of interleaved rounds; an "
+        "empty cell did not fit the budget. "
         f"{environment.credit(result)}."
     )
     return "\n".join(parts)
