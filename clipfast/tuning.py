@@ -190,7 +190,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("accumulate", "sm_80", 2, 64, 64, 64, 8, 2, block_out=256),
     Config("statistics", "sm_80", 4, 64, 64, 32, 8, 3),
     Config("gradient", "sm_80", 4, 128, 64, 32, 8, 3),
-    Config("accumulate", "sm_80", 4, 64, 64, 32, 8, 1, block_out=64),
+    Config("accumulate", "sm_80", 4, 64, 32, 32, 8, 1, block_out=64),
     Config("statistics", "sm_90", 2, 128, 256, 64, 8, 3, tma=True),
     Config("statistics", "sm_90", 2, 128, 128, 64, 8, 3),
     Config("gradient", "sm_90", 2, 128, 128, 64, 8, 4, tma=True),
