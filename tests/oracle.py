@@ -116,10 +116,10 @@ def assert_three_way(
     eps is two roundings of the result in its own dtype, and what unavoidable roundings in the accumulation dtype do.
     They change every logit by eps |L|, hence every P by eps (|L| + 2) relative to itself (logit, exponential, weight),
     and sums of m terms add about eps sqrt(m) (Higham and Mary 2019, "A new approach to probabilistic rounding error
-    analysis"). For a gradient that is relative to sum |G|, which is 2 in all and 2/n in a row or column, times a
-    feature and the scale (dx, dy), a cosine (dscale) or 1 (dbias). PyTorch's own error can happen to lie below that
-    where all logits are alike. In float64 there is no truer truth: two computations of one formula are compared, within
-    8 eps.
+    analysis"), but eps m / 4 with d = 1, where normalized features are 1 or -1, terms are alike and round one way. For
+    a gradient that is relative to sum |G|, which is 2 in all and 2/n in a row or column, times a feature and the scale
+    (dx, dy), a cosine (dscale) or 1 (dbias). PyTorch's own error can happen to lie below that where all logits are
+    alike. In float64 there is no truer truth: two computations of one formula are compared, within 8 eps.
 
     A backend that multiplies halves rounds G to the inputs' dtype (`operand_rounding`). So does the dense formula, but
     where all logits are alike its elements of G may be powers of two, which are exact.
@@ -131,6 +131,7 @@ def assert_three_way(
     length = max(1.0, x.double().norm(dim=1).max().item(), y.double().norm(dim=1).max().item())
     largest_logit = scale * length**2 + abs(bias)
     feature = 2 / len(x) * scale * length
+    sum_rounding = len(y) / 4 if x.shape[1] == 1 else math.sqrt(len(y))
     rounded_gradient = 0.0
     if x.dtype == y.dtype and x.dtype in HALF_DTYPES and (backend in HALF_OPERANDS or x.is_cuda):
         coordinate = max(x.double().abs().max().item(), y.double().abs().max().item())
@@ -142,7 +143,7 @@ def assert_three_way(
         rounding += torch.finfo(value.dtype).smallest_normal * torch.finfo(value.dtype).eps  # its smallest number
         if value.dtype == torch.bfloat16:
             rounding += 2**-126  # its smallest normal number; the interpreter converts what is below wrongly
-        rounding += torch.finfo(accumulator).eps * (largest_logit + 2 + math.sqrt(len(y))) * term
+        rounding += torch.finfo(accumulator).eps * (largest_logit + 2 + sum_rounding) * term
         if accumulator == torch.float64:
             rounding *= 8
         if name in ("dx", "dy"):
