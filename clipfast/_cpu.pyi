@@ -3,6 +3,7 @@ class Block:
         self,
         *,
         dtype: str,
+        product: str,
         n: int,
         m: int,
         d: int,
@@ -43,5 +44,5 @@ def symmetric_cross_entropy_weights(
     col_weight: int,
     positive_weight: int,
 ) -> None: ...
-def workspace_bytes(isa: str, dtype: str, n: int, m: int, d: int, threads: int) -> int: ...
+def workspace_bytes(isa: str, dtype: str, product: str, n: int, m: int, d: int, threads: int) -> int: ...
 def exp2(isa: str, dtype: str, x: int, out: int, count: int) -> None: ...

@@ -21,6 +21,13 @@ DType dtype_from(const std::string& name) {
     throw std::invalid_argument("dtype: got " + name + "; accepted are float32, float64, bfloat16, float16");
 }
 
+Product product_from(const std::string& name) {
+    if (name == "exact") return Product::exact;
+    if (name == "bfloat16x3") return Product::bfloat16x3;
+    if (name == "bfloat16") return Product::bfloat16;
+    throw std::invalid_argument("product: got " + name + "; accepted are exact, bfloat16x3, bfloat16");
+}
+
 const Kernels& kernels_named(const std::string& name) {
     for (const Kernels& kernels : instruction_sets())
         if (name == kernels.name && kernels.available()) return kernels;
@@ -32,10 +39,11 @@ T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-Block make_block(const std::string& dtype, index_t n, index_t m, index_t d, std::uintptr_t x, index_t x_row_stride,
+Block make_block(const std::string& dtype, const std::string& product, index_t n, index_t m, index_t d, std::uintptr_t x, index_t x_row_stride,
                  index_t x_col_stride, std::uintptr_t y, index_t y_row_stride, index_t y_col_stride, double scale,
                  double bias, index_t diag_offset) {
     return {dtype_from(dtype),
+            product_from(product),
             {pointer(x), n, d, x_row_stride, x_col_stride},
             {pointer(y), m, d, y_row_stride, y_col_stride},
             scale,
@@ -48,7 +56,7 @@ Block make_block(const std::string& dtype, index_t n, index_t m, index_t d, std:
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "clipfast's compiled CPU kernels";
     py::class_<Block>(module, "Block")
-        .def(py::init(&make_block), py::kw_only(), py::arg("dtype"), py::arg("n"), py::arg("m"), py::arg("d"),
+        .def(py::init(&make_block), py::kw_only(), py::arg("dtype"), py::arg("product"), py::arg("n"), py::arg("m"), py::arg("d"),
              py::arg("x"), py::arg("x_row_stride"), py::arg("x_col_stride"), py::arg("y"), py::arg("y_row_stride"),
              py::arg("y_col_stride"), py::arg("scale"), py::arg("bias"), py::arg("diag_offset"));
     module.def("instruction_sets", [] {
@@ -85,9 +93,9 @@ PYBIND11_MODULE(_cpu, module) {
                                         n, m, gradient, pointer<double>(row_weight), pointer<double>(col_weight),
                                         pointer<double>(positive_weight));
     });
-    module.def("workspace_bytes", [](const std::string& isa, const std::string& dtype, index_t n, index_t m, index_t d,
-                                     int threads) {
-        const Block block = make_block(dtype, n, m, d, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    module.def("workspace_bytes", [](const std::string& isa, const std::string& dtype, const std::string& product,
+                                     index_t n, index_t m, index_t d, int threads) {
+        const Block block = make_block(dtype, product, n, m, d, 0, 0, 0, 0, 0, 0, 1, 0, 0);
         return kernels_named(isa).workspace_bytes(block, threads);
     });
     module.def("exp2", [](const std::string& isa, const std::string& dtype, std::uintptr_t x, std::uintptr_t out,

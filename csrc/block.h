@@ -10,6 +10,13 @@ using index_t = std::int64_t;
 
 enum class DType { float32, float64, bfloat16, float16 };
 
+// How features are multiplied. An instruction set without matrix units for bfloat16 takes float32 for all of them.
+enum class Product {
+    exact,       // in the dtype, halves in float32
+    bfloat16x3,  // float32 as the sum of two bfloat16, three products of them
+    bfloat16     // rounded to bfloat16
+};
+
 struct Matrix {
     const void* data;
     index_t rows, cols;
@@ -18,6 +25,7 @@ struct Matrix {
 
 struct Block {
     DType dtype;  // of x, y, dx and dy
+    Product product;
     Matrix x;     // [n, d]
     Matrix y;     // [m, d]
     double scale, bias;

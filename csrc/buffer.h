@@ -11,36 +11,34 @@ namespace clipfast {
 
 constexpr std::size_t kLine = 64;
 
-// What a buffer needs beyond the sizes of the parts that are taken from it, for sixteen parts.
-template <class T>
-constexpr index_t kBufferSlack = 16 * kLine / sizeof(T);
+// What a buffer needs beyond the bytes of the parts that are taken from it, for sixteen parts.
+constexpr index_t kBufferSlack = 16 * kLine;
 
 // One allocation for all that a pass needs: the allocator keeps one block for the next call, several it would give back.
-template <class T>
 class Buffer {
   public:
-    explicit Buffer(index_t size) {
-        data_.reset(static_cast<T*>(std::aligned_alloc(kLine, lines(size) * kLine)));
+    explicit Buffer(index_t bytes) {
+        data_.reset(static_cast<char*>(std::aligned_alloc(kLine, lines(bytes) * kLine)));
         if (!data_) throw std::bad_alloc();
         next_ = data_.get();
     }
-    T* get() const { return data_.get(); }
 
     // The next part of the buffer.
+    template <class T>
     T* take(index_t size) {
-        T* part = next_;
-        next_ += lines(size) * (kLine / sizeof(T));
+        T* part = reinterpret_cast<T*>(next_);
+        next_ += lines(size * sizeof(T)) * kLine;
         return part;
     }
 
   private:
     struct Free {
-        void operator()(void* p) const { std::free(p); }
+        void operator()(char* p) const { std::free(p); }
     };
-    static std::size_t lines(index_t size) { return (size * sizeof(T) + kLine - 1) / kLine; }
+    static std::size_t lines(index_t bytes) { return (bytes + kLine - 1) / kLine; }
 
-    std::unique_ptr<T, Free> data_;
-    T* next_;
+    std::unique_ptr<char, Free> data_;
+    char* next_;
 };
 
 }  // namespace clipfast

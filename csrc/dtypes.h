@@ -64,22 +64,4 @@ Element store(T v) {
     else return Element::store(v);
 }
 
-// out[r][c] = a[row + r][c], packed with row length a.cols.
-template <class Element, class T>
-void load_rows(const Matrix& a, index_t row, index_t rows, T* out) {
-    for (index_t r = 0; r < rows; ++r) {
-        const Element* in = static_cast<const Element*>(a.data) + (row + r) * a.row_stride;
-        for (index_t c = 0; c < a.cols; ++c) *out++ = load(in[c * a.col_stride]);
-    }
-}
-
-// out[c][r] = a[row + r][c] with leading dimension `width`; columns from rows to width are zero.
-template <class Element, class T>
-void load_transposed(const Matrix& a, index_t row, index_t rows, index_t width, T* out) {
-    for (index_t r = 0; r < width; ++r) {
-        const Element* in = static_cast<const Element*>(a.data) + (row + r) * a.row_stride;
-        for (index_t c = 0; c < a.cols; ++c) out[c * width + r] = r < rows ? load(in[c * a.col_stride]) : T(0);
-    }
-}
-
 }  // namespace clipfast

@@ -12,10 +12,10 @@ struct Entry {
     template <class Visit>
     static auto with_kernel(const Block& block, int threads, const Visit& visit) {
         switch (block.dtype) {
-            case DType::float64: return visit(Kernel<Isa, double, double>(block, threads));
-            case DType::bfloat16: return visit(Kernel<Isa, float, bfloat16>(block, threads));
-            case DType::float16: return visit(Kernel<Isa, float, float16>(block, threads));
-            default: return visit(Kernel<Isa, float, float>(block, threads));
+            case DType::float64: return visit(Kernel<Tile<Isa, double>, double>(block, threads));
+            case DType::bfloat16: return visit(Kernel<Tile<Isa, float>, bfloat16>(block, threads));
+            case DType::float16: return visit(Kernel<Tile<Isa, float>, float16>(block, threads));
+            default: return visit(Kernel<Tile<Isa, float>, float>(block, threads));
         }
     }
 

@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -38,5 +39,7 @@ namespace clipfast {
 Kernels portable();
 Kernels avx2();
 Kernels avx512();
+Kernels avx512_bf16();
+Kernels amx();
 
 }  // namespace clipfast

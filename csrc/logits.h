@@ -17,7 +17,6 @@
 namespace clipfast {
 namespace {
 
-constexpr index_t kGroup = 64;  // rows of a group
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
@@ -44,28 +43,32 @@ constexpr T kMaxSpread = std::is_same_v<T, float> ? T(100) : T(900);
 
 // Sums of exponentials, each as sum * exp2(shift), in `slots` rows of `length` numbers. Shifts are finite, so that no
 // inf - inf arises from merging.
-template <class Isa, class T>
+template <class T, int W>
 struct Sums {
-    static constexpr int W = Tile<Isa, T>::W;
-    using V = typename Tile<Isa, T>::V;
+    using V = Vector<T, W>;
 
     index_t slots, length;
-    Buffer<T> shift, sum;
+    Buffer memory;
+    T *shift, *sum;
 
     Sums(index_t slots, index_t length)
-        : slots(slots), length(length), shift(slots * length), sum(slots * length) {
+        : slots(slots),
+          length(length),
+          memory(2 * slots * length * index_t{sizeof(T)} + kBufferSlack),
+          shift(memory.take<T>(slots * length)),
+          sum(memory.take<T>(slots * length)) {
         clear();
     }
     void clear() {
-        std::fill(shift.get(), shift.get() + slots * length, std::numeric_limits<T>::lowest());
-        std::fill(sum.get(), sum.get() + slots * length, T(0));
+        std::fill(shift, shift + slots * length, std::numeric_limits<T>::lowest());
+        std::fill(sum, sum + slots * length, T(0));
     }
     static CLIPFAST_INLINE V finite(V shift) {
         constexpr T largest = std::numeric_limits<T>::max();
         return clamped(shift, V{} - largest, V{} + largest);
     }
     CLIPFAST_INLINE void add(index_t slot, index_t at, V other_shift, V other_sum) {
-        T *shifts = shift.get() + slot * length + at, *sums = sum.get() + slot * length + at;
+        T *shifts = shift + slot * length + at, *sums = sum + slot * length + at;
         const V old = load_vector<V>(shifts), larger = maximum(old, other_shift);
         store_vector(sums, load_vector<V>(sums) * exp2<T, W>(old - larger) +
                                other_sum * exp2<T, W>(other_shift - larger));
@@ -76,20 +79,21 @@ struct Sums {
         for (index_t i = begin; i < end; i += W) {
             for (index_t slot = 1; slot < slots; ++slot) {
                 const index_t from = slot * length + i;
-                add(0, i, load_vector<V>(shift.get() + from), load_vector<V>(sum.get() + from));
+                add(0, i, load_vector<V>(shift + from), load_vector<V>(sum + from));
             }
             for (index_t j = i; j < std::min(end, i + W); ++j)
-                out[j] = (double(shift.get()[j]) + std::log2(double(sum.get()[j]))) * kLn2;
+                out[j] = (double(shift[j]) + std::log2(double(sum[j]))) * kLn2;
         }
     }
 };
 
 // A group of logits in log2 units, [rows][kWidth] at s, of which `cols` columns count, and the column of row 0's
 // positive. Rows up to a multiple of kRows may be written.
-template <class Isa, class T, int NV>
+template <class Tiles, int NV>
 struct Group {
-    static constexpr int W = Tile<Isa, T>::W;
-    static constexpr index_t kWidth = Tile<Isa, T>::kWidth;
+    using T = typename Tiles::Compute;
+    static constexpr int W = Tiles::W;
+    static constexpr index_t kWidth = Tiles::kWidth;
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
     T* s;
@@ -112,17 +116,16 @@ struct Group {
 };
 
 // The block's logits: scale x y^T + bias in log2 units.
-template <class Isa, class T>
+template <class Tiles>
 class Logits {
-    using Tiles = Tile<Isa, T>;
+    using T = typename Tiles::Compute;
     using V = typename Tiles::V;
-    using RunningSums = Sums<Isa, T>;
-    template <int NV>
-    using LogitGroup = Group<Isa, T, NV>;
+    using Operand = typename Tiles::Operand;
     static constexpr int W = Tiles::W, kRows = Tiles::kRows;
-    static constexpr index_t kWidth = Tiles::kWidth;
+    using RunningSums = Sums<T, W>;
+    template <int NV>
+    using LogitGroup = Group<Tiles, NV>;
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    static_assert(kGroup % kRows == 0 && kGroup % W == 0);
 
   public:
     explicit Logits(const Block& block)
@@ -133,11 +136,12 @@ class Logits {
 
     // The group's logits of packed rows of x and a packed panel of y, and their range.
     template <int NV>
-    CLIPFAST_NOINLINE void form(LogitGroup<NV>& group, const T* x, const T* y) const {
+    CLIPFAST_NOINLINE void form(LogitGroup<NV>& group, const Operand* x, const Operand* y) const {
+        const index_t row_size = Tiles::operands(d_);
         const V scale = V{} + scale2_, rest = V{} + scale2_rest_, bias = V{} + bias2_;
         V low = V{} + kInfinity, high = V{} - kInfinity;
         for (index_t i = 0; i < group.rows; i += kRows) {
-            Tiles::template multiply<NV, 1, kRows>(1, d_, x + i * d_, 0, y, [&](const V (&sum)[kRows][NV]) {
+            Tiles::template multiply_rows<NV>(d_, x + i * row_size, y, [&](const V (&sum)[kRows][NV]) {
 #pragma GCC unroll 16
                 for (int r = 0; r < kRows; ++r) {
                     V row_low = V{} + kInfinity, row_high = V{} - kInfinity;
@@ -171,10 +175,11 @@ class Logits {
         for (int v = 0; v < NV; ++v) cols_sums.add(col_slot, column + v * W, col_shift[v], col_sum[v]);
     }
 
-    // Replaces the group's logits, the first of which is at (first, column), by G.
+    // Replaces the group's logits, the first of which is at (first, column), by G. Where the product rounds G, returns sum
+    // G (logit - bias), of G before that; else 0.
     template <int NV>
-    CLIPFAST_NOINLINE static void to_gradient(const LogitGroup<NV>& group, const Side<T>& rows, const Side<T>& cols,
-                                              const double* positive_weight, index_t first, index_t column) {
+    CLIPFAST_NOINLINE T to_gradient(const LogitGroup<NV>& group, const Side<T>& rows, const Side<T>& cols,
+                                    const double* positive_weight, index_t first, index_t column) const {
         const T *row_lse = rows.lse + first, *row_weight = rows.weight + first;
         V col_lse[NV], col_weight[NV];
         for (int v = 0; v < NV; ++v) {
@@ -182,22 +187,12 @@ class Logits {
             col_lse[v] = Tiles::load_elements(cols.lse + column + v * W, 1, count);
             col_weight[v] = Tiles::load_elements(cols.weight + column + v * W, 1, count);
         }
+        if (group.narrow() && group.is_plain())
+            return narrow_gradient(group, row_lse, row_weight, col_lse, col_weight);
+        T logits[Tiles::kRounds ? kGroup * Tiles::kWidth : 1];
+        if constexpr (Tiles::kRounds) std::memcpy(logits, group.s, group.rows * Tiles::kWidth * sizeof(T));
         if (group.narrow()) {
-            const V shift = V{} + group.high;
-            V col_factor[NV];
-            T row_factor[kGroup];
-            for (int v = 0; v < NV; ++v) col_factor[v] = col_weight[v] * exp2<T, W>(shift - col_lse[v]);
-            for (index_t i = 0; i < group.rows; i += W) {
-                const V lse = Tiles::load_elements(row_lse + i, 1, group.rows - i);
-                const V weight = Tiles::load_elements(row_weight + i, 1, group.rows - i);
-                store_vector(row_factor + i, weight * exp2<T, W>(shift - lse));
-            }
-            for (index_t i = 0; i < group.rows; ++i)
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) {
-                    T* s = group.row(i) + v * W;
-                    store_vector(s, exp2<T, W>(load_vector<V>(s) - shift) * (row_factor[i] + col_factor[v]));
-                }
+            narrow_gradient(group, row_lse, row_weight, col_lse, col_weight);
         } else {
             for (index_t i = 0; i < group.rows; ++i)
                 for (int v = 0; v < NV; ++v) {
@@ -208,7 +203,19 @@ class Logits {
                 }
         }
         group.for_positives([&](index_t i, T& logit) { logit = T(positive_weight[first + i]); });
+        V dot = {};
+        if constexpr (Tiles::kRounds)
+            for (index_t i = 0; i < group.rows; ++i)
+                for (index_t j = 0; j < group.cols; j += W) {
+                    const V logit = Tiles::load_elements(logits + i * Tiles::kWidth + j, 1, group.cols - j);
+                    const V g = Tiles::load_elements(group.row(i) + j, 1, group.cols - j);
+                    dot += g * (logit - bias2_);
+                }
+        return reduce<T, W>(dot, [](auto a, auto b) { return a + b; });
     }
+
+    // x y^T of a sum of logit - bias.
+    double product(double sum) const { return sum / double(scale2_); }
 
   private:
     template <int NV>
@@ -238,6 +245,29 @@ class Logits {
             row_shift[i] = group.high;
             row_sum[i] = reduce<T, W>(sum, [](auto a, auto b) { return a + b; });
         }
+    }
+
+    template <int NV>
+    CLIPFAST_INLINE T narrow_gradient(const LogitGroup<NV>& group, const T* row_lse, const T* row_weight,
+                                      const V (&col_lse)[NV], const V (&col_weight)[NV]) const {
+        const V shift = V{} + group.high, bias = V{} + bias2_;
+        V col_factor[NV], dot = {};
+        T row_factor[kGroup];
+        for (int v = 0; v < NV; ++v) col_factor[v] = col_weight[v] * exp2<T, W>(shift - col_lse[v]);
+        for (index_t i = 0; i < group.rows; i += W) {
+            const V lse = Tiles::load_elements(row_lse + i, 1, group.rows - i);
+            const V weight = Tiles::load_elements(row_weight + i, 1, group.rows - i);
+            store_vector(row_factor + i, weight * exp2<T, W>(shift - lse));
+        }
+        for (index_t i = 0; i < group.rows; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                T* s = group.row(i) + v * W;
+                const V logit = load_vector<V>(s), g = exp2<T, W>(logit - shift) * (row_factor[i] + col_factor[v]);
+                if constexpr (Tiles::kRounds) dot += g * (logit - bias);
+                store_vector(s, g);
+            }
+        return reduce<T, W>(dot, [](auto a, auto b) { return a + b; });
     }
 
     // A shift is finite, so an infinite logit stays in the sum, and a NaN does too.

@@ -33,6 +33,13 @@ CLIPFAST_INLINE void store_vector(T* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
 
+// The same bits. Unlike bit_cast it is compiled where vectors may be passed in registers.
+template <class To, class From>
+CLIPFAST_INLINE To as(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    return load_vector<To>(&v);
+}
+
 // A NaN in the first argument stays in `clamped` and is ignored by the other two.
 template <class V>
 CLIPFAST_INLINE V clamped(V v, V low, V high) {
@@ -43,6 +50,41 @@ template <class V>
 CLIPFAST_INLINE V minimum(V v, V low) { return v < low ? v : low; }
 template <class V>
 CLIPFAST_INLINE V maximum(V v, V high) { return v > high ? v : high; }
+
+template <class Element>
+const Element* element(const Matrix& a, index_t row, index_t col) {
+    return static_cast<const Element*>(a.data) + row * a.row_stride + col * a.col_stride;
+}
+
+// Rows of elements of any type as vectors of W numbers.
+template <class T, int lanes>
+struct Lanes {
+    static constexpr int W = lanes;
+    using V = Vector<T, W>;
+
+    // What lies beyond `count` elements is zero.
+    template <class Element>
+    static CLIPFAST_INLINE V load_elements(const Element* p, index_t stride, index_t count) {
+        T values[W];
+        if (stride == 1 && count >= W) {
+            for (int l = 0; l < W; ++l) values[l] = load(p[l]);
+        } else {
+            for (index_t l = 0; l < W; ++l) values[l] = l < count ? load(p[l * stride]) : T(0);
+        }
+        return load_vector<V>(values);
+    }
+
+    template <class Element>
+    static CLIPFAST_INLINE void store_elements(Element* p, V v, index_t count) {
+        T values[W];
+        store_vector(values, v);
+        if (count >= W) {
+            for (int l = 0; l < W; ++l) p[l] = store<Element>(values[l]);
+        } else {
+            for (index_t l = 0; l < count; ++l) p[l] = store<Element>(values[l]);
+        }
+    }
+};
 
 // Calls combine(a, b) on halves until one number is left: a fixed order of sums.
 template <class T, int W, class Combine>

@@ -1,4 +1,7 @@
 // Products on a tile in registers, and how their operands are packed. Included once per instruction set.
+//
+// A kind of product is a class like Tile below: how operands are packed (pack_left, pack_right, pack_rows), x y^T of a few
+// rows and a panel (multiply_rows), and G of a chunk with the products that it is the left operand of (Gradient).
 #pragma once
 
 #include <algorithm>
@@ -9,18 +12,66 @@
 namespace clipfast {
 namespace {
 
+constexpr index_t kGroup = 64;  // rows of a group of logits
+
 constexpr index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
 constexpr index_t round_up(index_t a, index_t b) { return ceil_div(a, b) * b; }
 
-// Compute in T on an instruction set, which says kVectorBytes, and kRows: rows of a tile in registers.
+// A tile of kRows_ rows by kVectors_ vectors.
+template <class T, int W_, int kVectors_, int kRows_>
+struct TileShape : Lanes<T, W_> {
+    using Compute = T;
+    using typename Lanes<T, W_>::V;
+    static constexpr int W = W_, kVectors = kVectors_, kRows = kRows_;
+    static constexpr index_t kWidth = kVectors * W;  // columns of a panel
+    static_assert(kGroup % kRows == 0 && kGroup % W == 0 && kWidth % kRows == 0);
+
+    // Calls visit(std::integral_constant<int, NV>) with the vectors that `cols` columns of a panel take.
+    template <class Visit>
+    static void with_vectors(index_t cols, const Visit& visit) {
+        if constexpr (kVectors > 2) {
+            if (cols > 2 * W) return visit(std::integral_constant<int, 3>{});
+        }
+        if (cols > W) visit(std::integral_constant<int, 2>{});
+        else visit(std::integral_constant<int, 1>{});
+    }
+
+    // c += sum on `rows` rows and `cols` columns, as far as the tile goes.
+    template <int NV>
+    static CLIPFAST_INLINE void add_tile(const V (&sum)[kRows][NV], T* c, index_t ldc, index_t rows, index_t cols) {
+        if (rows >= kRows && cols >= NV * W) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) {
+                    T* to = c + i * ldc + v * W;
+                    store_vector(to, load_vector<V>(to) + sum[i][v]);
+                }
+            return;
+        }
+        T tile[kRows][NV * W];
+        std::memcpy(tile, sum, sizeof tile);
+        for (index_t i = 0; i < std::min<index_t>(rows, kRows); ++i)
+            for (index_t j = 0; j < std::min<index_t>(cols, NV * W); ++j) c[i * ldc + j] += tile[i][j];
+    }
+};
+
+// Products in the compute type T, of an instruction set that says kVectorBytes, and kRows: rows of a tile in registers.
 template <class Isa, class T>
-struct Tile {
-    static constexpr int W = Isa::kVectorBytes / sizeof(T);
-    static constexpr int kVectors = 3;
-    static constexpr int kRows = std::min(Isa::kRows, W);  // divides kWidth
-    static constexpr index_t kWidth = kVectors * W;       // columns of a panel
+struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::kRows, Isa::kVectorBytes / sizeof(T))> {
+    using Shape =
+        TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::kRows, Isa::kVectorBytes / sizeof(T))>;
+    using Operand = T;
+    struct Session {};  // what a thread must have while it multiplies
+    using typename Shape::V;
+    using Shape::W, Shape::kRows, Shape::kWidth, Shape::load_elements;
+    static constexpr int kParts = 1, kTerms = 1;  // an operand is one term, whole
+    static constexpr bool kRounds = false;  // G
+    static constexpr index_t kRowStep = 1, kColStep = 1;  // G's rows and columns are padded to multiples of them
     static constexpr index_t kDepth = 192 / kWidth * kWidth;  // terms of a sum in registers, at most
-    using V = Vector<T, W>;
+
+    // Operands per row of x or y in their product.
+    static index_t operands(index_t d) { return d; }
 
     // How many of `terms` terms to add up in registers. Equal terms round one way, so a sum of b of them may be off by
     // b / 4 units in the last place, and a sum of terms / b such sums by as many more: near 2 sqrt(terms) both are small.
@@ -28,6 +79,75 @@ struct Tile {
         return std::min(kDepth, round_up(index_t(2 * std::sqrt(double(terms))), kWidth));
     }
 
+    // visit(sum[kRows][NV]) with x y^T of kRows rows and a panel of NV vectors, both packed.
+    template <int NV, class Visit>
+    static CLIPFAST_INLINE void multiply_rows(index_t d, const T* left, const T* right, const Visit& visit) {
+        multiply<NV, 1, kRows>(1, d, left, 0, right, visit);
+    }
+
+    // Rows of x as the left operand of x y^T: [row / kRows][d][kRows].
+    template <class Element>
+    static void pack_left(const Matrix& x, index_t row, index_t rows, T* out) {
+        pack_transposed<Element, kRows>(x, row, rows, out);
+    }
+
+    // Up to NV vectors of rows of y as its right operand, a panel: [d][NV * W].
+    template <class Element, int NV>
+    static void pack_right(const Matrix& y, index_t row, index_t rows, T* out) {
+        pack_transposed<Element, NV * W>(y, row, rows, out);
+    }
+
+    // Rows [row, row + rows) of a as the right operand of G y or G^T x: columns [col, col + cols) in a panel
+    // [capacity][NV * W], from its row `skip` on, the rest of NV vectors zero.
+    template <class Element, int NV>
+    static void pack_rows(const Matrix& a, index_t row, index_t rows, index_t /*padded*/, index_t col, index_t cols,
+                          index_t skip, index_t /*capacity*/, T* panel) {
+        T* out = panel + skip * NV * W;
+        for (index_t r = 0; r < rows; ++r) {
+            const Element* in = element<Element>(a, row + r, col);
+            for (index_t c = 0; c < NV * W; c += W, out += W)
+                store_vector(out, load_elements(in + c * a.col_stride, a.col_stride, cols - c));
+        }
+    }
+
+    // G of a chunk: panels of [rows][kWidth].
+    class Gradient {
+      public:
+        static index_t operands(index_t rows, index_t cols) { return rows * cols; }
+        Gradient(T* panels, index_t rows, index_t) : panels_(panels), rows_(rows) {}
+
+        // Where the logits of a group are to become G.
+        T* place(index_t panel, index_t row, T*) const { return panels_ + (panel * rows_ + row) * kWidth; }
+        template <class Group>
+        void keep(const Group&, index_t, index_t) const {}
+
+        // c += G y on G's rows [row, row + kRows) and columns [k, k + terms), k a multiple of kWidth. y is packed.
+        template <int NV>
+        void add_rows(index_t row, index_t k, index_t terms, const T* y, index_t, T* c, index_t ldc,
+                      index_t rows, index_t cols) const {
+            // Whole panels of G, then what is left.
+            const index_t panel_size = rows_ * kWidth, whole = terms / kWidth * kWidth;
+            const T* g = panels_ + k / kWidth * panel_size + row * kWidth;
+            y += k * NV * W;
+            if (whole) add_product<NV, kWidth, 1>(whole / kWidth, kWidth, g, panel_size, y, c, ldc, rows, cols);
+            if (whole < terms)
+                add_product<NV, kWidth, 1>(1, terms - whole, g + whole * rows_, 0, y + whole * NV * W, c, ldc, rows, cols);
+        }
+
+        // c += G^T x on G's columns [col, col + kRows) and rows [k, k + terms). x is packed.
+        template <int NV>
+        void add_cols(index_t col, index_t k, index_t terms, const T* x, index_t, T* c, index_t ldc,
+                      index_t rows, index_t cols) const {
+            const T* g = panels_ + (col / kWidth * rows_ + k) * kWidth + col % kWidth;
+            add_product<NV, 1, kWidth>(1, terms, g, 0, x + k * NV * W, c, ldc, rows, cols);
+        }
+
+      private:
+        T* panels_;
+        index_t rows_;
+    };
+
+  private:
     // visit(sum[kRows][NV]) with sum_iv = sum_k A_ik B_kv over `runs` runs of `terms` terms. A_ik lies at
     // a[i * kARow + k * kACol], a run a_run after the one before; B is packed, [runs * terms][NV * W].
     template <int NV, index_t kARow, index_t kACol, class Visit>
@@ -53,56 +173,12 @@ struct Tile {
         visit(sum);
     }
 
-    // C += A B on `rows` <= kRows rows and `cols` <= NV * W columns.
     template <int NV, index_t kARow, index_t kACol>
-    CLIPFAST_NOINLINE static void add_product(index_t runs, index_t terms, const T* a, index_t a_run, const T* b, T* c, index_t ldc,
-                            index_t rows, index_t cols) {
+    CLIPFAST_NOINLINE static void add_product(index_t runs, index_t terms, const T* a, index_t a_run, const T* b, T* c,
+                                              index_t ldc, index_t rows, index_t cols) {
         multiply<NV, kARow, kACol>(runs, terms, a, a_run, b, [&](const V (&sum)[kRows][NV]) {
-            if (rows >= kRows && cols >= NV * W) {
-#pragma GCC unroll 16
-                for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-                    for (int v = 0; v < NV; ++v) {
-                        T* to = c + i * ldc + v * W;
-                        store_vector(to, load_vector<V>(to) + sum[i][v]);
-                    }
-                return;
-            }
-            T tile[kRows][NV * W];
-            std::memcpy(tile, sum, sizeof tile);
-            for (index_t i = 0; i < std::min<index_t>(rows, kRows); ++i)
-                for (index_t j = 0; j < cols; ++j) c[i * ldc + j] += tile[i][j];
+            Shape::template add_tile<NV>(sum, c, ldc, rows, cols);
         });
-    }
-
-    // Calls visit(std::integral_constant<int, NV>) with the vectors that `cols` columns of a panel take.
-    template <class Visit>
-    static void with_vectors(index_t cols, const Visit& visit) {
-        if (cols > 2 * W) visit(std::integral_constant<int, 3>{});
-        else if (cols > W) visit(std::integral_constant<int, 2>{});
-        else visit(std::integral_constant<int, 1>{});
-    }
-
-    template <class Element>
-    static CLIPFAST_INLINE V load_elements(const Element* p, index_t stride, index_t count) {
-        T lanes[W];
-        if (stride == 1 && count >= W) {
-            for (int l = 0; l < W; ++l) lanes[l] = load(p[l]);
-        } else {
-            for (index_t l = 0; l < W; ++l) lanes[l] = l < count ? load(p[l * stride]) : T(0);
-        }
-        return load_vector<V>(lanes);
-    }
-
-    template <class Element>
-    static CLIPFAST_INLINE void store_elements(Element* p, V v, index_t count) {
-        T lanes[W];
-        store_vector(lanes, v);
-        if (count >= W) {
-            for (int l = 0; l < W; ++l) p[l] = store<Element>(lanes[l]);
-        } else {
-            for (index_t l = 0; l < count; ++l) p[l] = store<Element>(lanes[l]);
-        }
     }
 
     // out[r / Width][c][r % Width] = a[row + r][c] for r in [0, rows). Up to W rows more are written, with zeros.
@@ -129,22 +205,6 @@ struct Tile {
                     }
                 }
             }
-    }
-
-    // out[r][c] = a[row + r][col + c] for c in [0, cols), the rest of `width` columns zero.
-    template <class Element>
-    static void pack_rows(const Matrix& a, index_t row, index_t rows, index_t col, index_t cols, index_t width,
-                          T* out) {
-        for (index_t r = 0; r < rows; ++r, out += width) {
-            const Element* in = element<Element>(a, row + r, col);
-            for (index_t c = 0; c < width; c += W)
-                store_vector(out + c, load_elements(in + c * a.col_stride, a.col_stride, cols - c));
-        }
-    }
-
-    template <class Element>
-    static const Element* element(const Matrix& a, index_t row, index_t col) {
-        return static_cast<const Element*>(a.data) + row * a.row_stride + col * a.col_stride;
     }
 };
 

@@ -13,13 +13,11 @@ from torch.nn.functional import normalize
 
 import clipfast
 from clipfast import dispatch, reference
+from clipfast.backends import cpu
 from clipfast.problem import HALF_DTYPES, Problem, accumulation_dtype
 
+BFLOAT16_UNITS = ("amx", "avx512_bf16")  # instruction sets that multiply bfloat16 as it is
 SCALES = (0.0, 1.0, 14.3, 100.0, 112.0)
-
-# Backends that multiply halves as they are, also on CPU tensors. The others widen them to float32 there; on GPUs all
-# multiply halves.
-HALF_OPERANDS = ("triton",)
 
 
 @dataclass
@@ -101,6 +99,13 @@ def error(value: Tensor, exact: Tensor) -> float:
     return (value.double() - exact.double()).abs().max().item()
 
 
+def half_operands(backend: str) -> tuple[torch.dtype, ...]:
+    """The dtypes that a backend multiplies as they are on CPU tensors, G rounded to them; others become float32."""
+    if backend == "triton":
+        return HALF_DTYPES
+    return (torch.bfloat16,) if backend == "cpu" and cpu.instruction_set() in BFLOAT16_UNITS else ()
+
+
 def assert_three_way(
     x: Tensor,
     y: Tensor,
@@ -133,7 +138,7 @@ def assert_three_way(
     feature = 2 / len(x) * scale * length
     sum_rounding = len(y) / 4 if x.shape[1] == 1 else math.sqrt(len(y))
     rounded_gradient = 0.0
-    if x.dtype == y.dtype and x.dtype in HALF_DTYPES and (backend in HALF_OPERANDS or x.is_cuda):
+    if x.dtype == y.dtype and (x.is_cuda or x.dtype in half_operands(backend)):
         coordinate = max(x.double().abs().max().item(), y.double().abs().max().item())
         rounded_gradient = operand_rounding(x.dtype, x.device) * 2 / len(x) * scale * coordinate
     terms = {"loss": 1.0, "dx": feature, "dy": feature, "dscale": 2 * length**2, "dbias": 2.0}

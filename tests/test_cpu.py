@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from oracle import features
+from oracle import BFLOAT16_UNITS, error, features, ours, truth
 
 import clipfast
 from clipfast.backends import cpu
@@ -40,6 +41,50 @@ def test_exp2_is_within_two_units_in_the_last_place(instruction_set: str, dtype:
 def test_exp2_at_the_ends(instruction_set: str, dtype: type) -> None:
     x = np.array([0, -1, 3, -np.inf, -1e30, np.inf, np.nan], dtype)
     np.testing.assert_array_equal(exp2(instruction_set, x), np.array([1, 0.5, 8, 0, 0, np.inf, np.nan], dtype))
+
+
+@pytest.fixture
+def _matmul_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def relative_errors(kind: str, precision: str) -> dict[str, float]:
+    x, y = features(kind, 256, 256, 512)
+    exact = truth(x, y, 14.3)
+    torch.set_float32_matmul_precision(precision)
+    got = ours(x, y, 14.3, backend="cpu")
+    values = {name: getattr(exact, name) for name in ("loss", "dx", "dy", "dscale")}
+    return {name: error(getattr(got, name), value) / value.abs().max().item() for name, value in values.items()}
+
+
+@pytest.mark.usefixtures("_matmul_precision")
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+def test_matmul_precision(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mode "high" keeps 16 bits of each factor, which on trained pairs is float32's own error; "medium" keeps 8."""
+    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, instruction_set)
+    trained, highest = (relative_errors("trained", precision) for precision in ("high", "highest"))
+    for name, value in trained.items():
+        assert value <= 4 * highest[name] + 2**-23, name
+    for name, value in relative_errors("random", "high").items():
+        assert value <= 2**-16, name
+    for name, value in relative_errors("random", "medium").items():
+        assert value <= 2**-7, name
+
+
+@pytest.mark.usefixtures("_matmul_precision")
+@pytest.mark.parametrize("instruction_set", [name for name in AVAILABLE if name in BFLOAT16_UNITS])
+def test_medium_precision_multiplies_bfloat16(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 features that are bfloat16 numbers give what bfloat16 features give, gradients rounded last."""
+    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, instruction_set)
+    torch.set_float32_matmul_precision("medium")
+    x, y = features("trained", 70, 90, 100, torch.bfloat16)
+    halves, singles = (ours(*pair, 14.3, backend="cpu") for pair in ((x, y), (x.float(), y.float())))
+    assert torch.equal(singles.loss, halves.loss)
+    assert torch.equal(singles.dscale, halves.dscale)
+    assert torch.equal(singles.dx.bfloat16(), halves.dx)
+    assert torch.equal(singles.dy.bfloat16(), halves.dy)
 
 
 def test_an_instruction_set_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

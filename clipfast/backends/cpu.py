@@ -73,7 +73,13 @@ def folds_norms(dtype: torch.dtype) -> bool:
 
 def workspace_bytes(problem: Problem) -> int:
     return _cpu.workspace_bytes(
-        instruction_set(), _name(problem.dtype), problem.n, problem.m, problem.d, torch.get_num_threads()
+        instruction_set(),
+        _name(problem.dtype),
+        _product(problem.dtype),
+        problem.n,
+        problem.m,
+        problem.d,
+        torch.get_num_threads(),
     )
 
 
@@ -157,6 +163,7 @@ def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int) 
     y_row_stride, y_col_stride = y.stride()
     return _cpu.Block(
         dtype=_name(x.dtype),
+        product=_product(x.dtype),
         n=n,
         m=y.shape[0],
         d=d,
@@ -174,3 +181,15 @@ def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int) 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _product(dtype: torch.dtype) -> str:
+    """How features may be multiplied; for float32 it is what torch.set_float32_matmul_precision says.
+
+    The kernels know which of the kinds pay on the instruction set in use, and take a more exact one where they do not.
+    """
+    if dtype == torch.bfloat16:
+        return "bfloat16"
+    if dtype == torch.float32:
+        return {"highest": "exact", "high": "bfloat16x3", "medium": "bfloat16"}[torch.get_float32_matmul_precision()]
+    return "exact"

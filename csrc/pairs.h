@@ -1,0 +1,220 @@
+// Products of bfloat16 in units that add up pairs: an operand is a pair of terms, 32 bits. What Tile (tiles.h) is for
+// products in the compute type. Included once per instruction set, all of which have AVX-512 with bfloat16.
+//
+// kParts = 1: features and G are rounded to bfloat16 (a bfloat16 feature is itself). kParts = 2: a float32 is the sum of
+// two bfloat16, high + low, and a product is high high + high low + low high; low low is below float32's rounding.
+//
+// A left operand has its pairs along the row, in runs of 16 or more, so that a matrix unit can load 16 rows by 16 pairs;
+// a right operand is [pair][column]. Both are padded with zeros to whole runs. A logit costs one place in memory, 32 bits,
+// as a group in float32 and then in G twice, in rows and in columns, 16 bits each.
+#pragma once
+
+#include "tiles.h"
+
+namespace clipfast {
+namespace {
+
+using Halves = Vector<std::uint16_t, 16>;
+using Pairs = Vector<std::uint32_t, 16>;
+
+// Isa says kPairVectors and kPairRows, the tile; Session, what a thread must have while it multiplies; round, of vectors;
+// and how the tile's sums begin (clear), grow (add) and are read (finish).
+template <class Isa, int kParts_>
+struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
+    using Shape = TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows>;
+    using Operand = std::uint32_t;
+    using Session = typename Isa::Session;
+    using typename Shape::V;
+    using Shape::W, Shape::kRows, Shape::kWidth, Shape::kVectors, Shape::load_elements;
+    static constexpr int kParts = kParts_, kTerms = 2;
+    static constexpr bool kRounds = true;
+    static constexpr index_t kRun = 16;  // pairs of a run of x
+    static constexpr index_t kRowStep = kGroup, kColStep = kWidth;
+    static constexpr index_t kDepth = 384;  // terms of a sum in registers
+    static_assert(kDepth % kGroup == 0 && kDepth % kWidth == 0);
+
+    static index_t operands(index_t d) { return kParts * pairs(d); }
+    static index_t depth(index_t) { return kDepth; }
+
+    template <int NV, class Visit>
+    static CLIPFAST_INLINE void multiply_rows(index_t d, const Operand* left, const Operand* right, const Visit& visit) {
+        const index_t count = pairs(d);
+        multiply<NV, kRun>(count / kRun, kRun, left, kRun * kRows, count * kRows, right, count * NV * W, visit);
+    }
+
+    // [row / kRows][part][pair / kRun][kRows][kRun].
+    template <class Element>
+    static void pack_left(const Matrix& x, index_t row, index_t rows, Operand* out) {
+        const index_t runs = pairs(x.cols) / kRun;
+        for (index_t r = 0; r < round_up(rows, kRows); ++r)
+            for_parts([&](auto part) {
+                Operand* to = out + ((r / kRows * kParts + part) * runs * kRows + r % kRows) * kRun;
+                for (index_t run = 0; run < runs; ++run, to += kRows * kRun)
+                    store_vector(to, r < rows ? load_pairs<part.value, Element>(x, row + r, run * 2 * kRun) : Pairs{});
+            });
+    }
+
+    // A panel: [part][pair][NV * W].
+    template <class Element, int NV>
+    static void pack_right(const Matrix& y, index_t row, index_t rows, Operand* out) {
+        for_parts([&](auto part) {
+            for (index_t k = 0; k < pairs(y.cols); k += kRun, out += kRun * NV * W)
+                for (int v = 0; v < NV; ++v) {
+                    Pairs block[W];
+                    for (index_t l = 0; l < W; ++l)
+                        block[l] = v * W + l < rows ? load_pairs<part.value, Element>(y, row + v * W + l, 2 * k) : Pairs{};
+                    transpose<W>(block);
+                    for (int l = 0; l < W; ++l) store_vector(out + l * NV * W + v * W, block[l]);
+                }
+        });
+    }
+
+    // Rows [row, row + rows) of a in a panel [part][capacity / 2][NV * W], from its row `skip` on, with zeros up to row
+    // skip + padded.
+    template <class Element, int NV>
+    static void pack_rows(const Matrix& a, index_t row, index_t rows, index_t padded, index_t col, index_t cols,
+                          index_t skip, index_t capacity, Operand* panel) {
+        const auto load_row = [&](index_t r, int v) {
+            const index_t c = col + v * W;
+            return r < rows ? load_elements(element<Element>(a, row + r, c), a.col_stride, cols - v * W) : V{};
+        };
+        for_parts([&](auto part) {
+            Operand* out = panel + (part * capacity + skip) / 2 * NV * W;
+            for (index_t r = 0; r < padded; r += 2, out += NV * W)
+                for (int v = 0; v < NV; ++v)
+                    store_vector(out + v * W, interleave(Isa::round(part_of<part.value>(load_row(r, v))),
+                                                         Isa::round(part_of<part.value>(load_row(r + 1, v)))));
+        });
+    }
+
+    // G of a chunk twice, each [panel][part], with its pairs along G's rows, [rows][kWidth / 2], and along its columns,
+    // [rows / kGroup][kWidth][kGroup / 2].
+    class Gradient {
+      public:
+        static index_t operands(index_t rows, index_t cols) { return kParts * rows * cols; }
+        Gradient(Operand* memory, index_t rows, index_t cols)
+            : by_rows_(memory), by_cols_(memory + operands(rows, cols) / 2), part_size_(rows * kWidth / 2) {}
+
+        float* place(index_t, index_t, float* apart) const { return apart; }
+
+        // Takes the group's logits, which have become G.
+        template <class Group>
+        void keep(const Group& group, index_t panel, index_t row) const {
+            for (index_t i = 0; i < group.rows; ++i) std::fill(group.row(i) + group.cols, group.row(i + 1), 0.0f);
+            std::fill(group.row(group.rows), group.row(kGroup), 0.0f);
+            for_parts([&](auto part) {
+                const index_t at = (panel * kParts + part) * part_size_ + row * kWidth / 2;
+                keep_rows<part.value>(group.s, by_rows_ + at);
+                keep_cols<part.value>(group.s, by_cols_ + at);
+            });
+        }
+
+        template <int NV>
+        void add_rows(index_t row, index_t k, index_t terms, const Operand* y, index_t capacity, float* c, index_t ldc,
+                      index_t rows, index_t cols) const {
+            const Operand* g = by_rows_ + k / kWidth * kParts * part_size_ + row * kWidth / 2;
+            add_product<NV, kWidth / 2>(ceil_div(terms, kWidth), kWidth / 2, g, kParts * part_size_, part_size_,
+                                        y + k / 2 * NV * W, capacity / 2 * NV * W, c, ldc, rows, cols);
+        }
+
+        template <int NV>
+        void add_cols(index_t col, index_t k, index_t terms, const Operand* x, index_t capacity, float* c, index_t ldc,
+                      index_t rows, index_t cols) const {
+            const Operand* g = by_cols_ + col / kWidth * kParts * part_size_ + k * kWidth / 2 + col % kWidth * kGroup / 2;
+            add_product<NV, kGroup / 2>(ceil_div(terms, kGroup), kGroup / 2, g, kGroup * kWidth / 2, part_size_,
+                                        x + k / 2 * NV * W, capacity / 2 * NV * W, c, ldc, rows, cols);
+        }
+
+      private:
+        template <int part>
+        static void keep_rows(const float* g, Operand* out) {
+            for (index_t at = 0; at < kGroup * kWidth; at += W) {
+                const auto rounded = Isa::round(part_of<part>(load_vector<V>(g + at)));
+                store_vector(out + at / 2, rounded);
+            }
+        }
+
+        template <int part>
+        static void keep_cols(const float* g, Operand* out) {
+            for (int v = 0; v < kVectors; ++v)
+                for (index_t i = 0; i < kGroup; i += 2 * W) {
+                    const float* from = g + i * kWidth + v * W;
+                    Pairs block[W];
+#pragma GCC unroll 16
+                    for (int p = 0; p < W; ++p, from += 2 * kWidth)
+                        block[p] = interleave(Isa::round(part_of<part>(load_vector<V>(from))),
+                                              Isa::round(part_of<part>(load_vector<V>(from + kWidth))));
+                    transpose<W>(block);
+                    for (int j = 0; j < W; ++j) store_vector(out + ((v * W + j) * kGroup + i) / 2, block[j]);
+                }
+        }
+
+        Operand *by_rows_, *by_cols_;
+        index_t part_size_;
+    };
+
+  private:
+    static index_t pairs(index_t d) { return round_up(ceil_div(d, 2), kRun); }
+
+    template <class Visit>
+    static CLIPFAST_INLINE void for_parts(const Visit& visit) {
+        visit(std::integral_constant<int, 0>{});
+        if constexpr (kParts == 2) visit(std::integral_constant<int, 1>{});
+    }
+
+    // The high part is the number itself, which is rounded later; the low part is what that rounding takes away, nothing
+    // where the high part is infinite or NaN.
+    template <int part>
+    static CLIPFAST_INLINE V part_of(V v) {
+        if constexpr (part == 0) {
+            return v;
+        } else {
+            const V rest = v - as<V>(__builtin_convertvector(Isa::round(v), Pairs) << 16);
+            return rest - rest == 0 ? rest : V{};
+        }
+    }
+
+    static CLIPFAST_INLINE Pairs interleave(Halves even, Halves odd) {
+        return __builtin_convertvector(even, Pairs) | __builtin_convertvector(odd, Pairs) << 16;
+    }
+
+    // The pairs of row `row` from column `col` on.
+    template <int part, class Element>
+    static CLIPFAST_INLINE Pairs load_pairs(const Matrix& a, index_t row, index_t col) {
+        const Element* p = element<Element>(a, row, col);
+        const index_t count = a.cols - col;
+        Halves halves[2];
+        for (int h = 0; h < 2; ++h)
+            halves[h] = Isa::round(part_of<part>(load_elements(p + h * W * a.col_stride, a.col_stride, count - h * W)));
+        return load_vector<Pairs>(halves);
+    }
+
+    // visit(sum[kRows][NV]) with sum_iv = sum_k A_ik B_kv over `runs` runs of `pairs` pairs. A_ik lies at
+    // a[i * kARow + k], a run a_run after the one before; B is packed, [runs * pairs][NV * W]. The parts of A and B lie
+    // a_part and b_part apart.
+    template <int NV, index_t kARow, class Visit>
+    static CLIPFAST_INLINE void multiply(index_t runs, index_t pairs, const Operand* a, index_t a_run, index_t a_part,
+                                         const Operand* b, index_t b_part, const Visit& visit) {
+        V sum[kRows][NV];
+        Isa::clear(sum);
+        Isa::template add<kARow>(sum, runs, pairs, a, a_run, b);
+        if constexpr (kParts == 2) {
+            Isa::template add<kARow>(sum, runs, pairs, a, a_run, b + b_part);
+            Isa::template add<kARow>(sum, runs, pairs, a + a_part, a_run, b);
+        }
+        Isa::finish(sum);
+        visit(sum);
+    }
+
+    template <int NV, index_t kARow>
+    CLIPFAST_NOINLINE static void add_product(index_t runs, index_t pairs, const Operand* a, index_t a_run,
+                                              index_t a_part, const Operand* b, index_t b_part, float* c, index_t ldc,
+                                              index_t rows, index_t cols) {
+        multiply<NV, kARow>(runs, pairs, a, a_run, a_part, b, b_part, [&](const V (&sum)[kRows][NV]) {
+            Shape::template add_tile<NV>(sum, c, ldc, rows, cols);
+        });
+    }
+};
+
+}  // namespace
+}  // namespace clipfast
