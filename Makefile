@@ -2,16 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: demo test lint docs bench sanitize clean
+.PHONY: demo test test-triton-3.6 lint docs bench sanitize clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
 	$(BIN)/python -m clipfast.train --out runs/demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
+
+test-triton-3.6:
+	$(MAKE) test VENV=$(VENV)/triton-3.6 CONSTRAINTS=constraints-triton-3.6.txt \
+	  TESTS="tests/test_triton.py tests/test_triton_compile.py tests/test_tuning.py"
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks run
@@ -24,17 +29,18 @@ docs: $(VENV)/dev.stamp
 	rm -rf build/docs
 	$(BIN)/python docs/make.py
 
-# The compiled kernels by themselves: every instruction set that this processor has, over awkward shapes.
-sanitize:
+# The compiled kernels by themselves: every instruction set that this processor has, AMX emulated, over awkward shapes.
+sanitize: build/sanitize-address,undefined build/sanitize-thread
+	for check in $^; do $$check || exit 1; done
+
+build/sanitize-%: tests/sanitize.cpp $(wildcard csrc/*)
 	mkdir -p build
-	for check in address,undefined thread; do \
-	  $(CXX) -std=c++17 -O1 -g -Wno-psabi -fno-sanitize-recover=all -fsanitize=$$check tests/sanitize.cpp \
-	    $(filter-out csrc/bindings.cpp, $(wildcard csrc/*.cpp)) -o build/sanitize -pthread && build/sanitize || exit 1; \
-	done
+	$(CXX) -std=c++17 -O1 -g -Wno-psabi -fno-sanitize-recover=all -fsanitize=$* -DCLIPFAST_EMULATE_AMX \
+	  $(filter-out csrc/bindings.cpp, $(filter %.cpp, $^)) -o $@ -pthread
 
 # torch comes first and alone: constraints.txt pins it, so that nothing pulls another build. The editable install lets
 # the source tree find its compiled extension.
-$(VENV)/%.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/%.stamp: pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch numpy
 	$(PIP_INSTALL) --editable ".[$*]"
