@@ -9,6 +9,7 @@ vectors over the batch: O((n + m) d) bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -22,19 +23,20 @@ from clipfast.norms import l2_normalize, norm_factors, through_norms
 from clipfast.problem import accumulation_dtype, statistics_dtype
 
 
-def margins(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:  # [n], [m], [n] -> [n], [n]
-    """z - p of both directions: the negatives' logsumexp less the positive logit.
+def margin(negatives: Tensor, positive: Tensor) -> Tensor:  # [n], [n] -> [n]
+    """z - p of one direction: the negatives' logsumexp less the positive logit.
 
     The cross-entropy of a row is -log(e^p / (e^p + e^z)) = softplus(z - p) and its derivative is sigmoid(z - p). In
     this form both keep their relative precision however small they get.
     """
+    # A logit of +inf makes the dense formula NaN (inf - inf); 0 * inf brings that NaN back.
+    infinite = 0 * (negatives.clamp(min=0) + positive.clamp(min=0))
+    return negatives - positive + infinite
 
-    def margin(negatives: Tensor) -> Tensor:
-        # A logit of +inf makes the dense formula NaN (inf - inf); 0 * inf brings that NaN back.
-        infinite = 0 * (negatives.clamp(min=0) + positive.clamp(min=0))
-        return negatives - positive + infinite
 
-    return margin(row_lse), margin(col_lse[: positive.shape[0]])
+def margins(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:  # [n], [m], [n] -> [n], [n]
+    """z - p of both directions."""
+    return margin(row_lse, positive), margin(col_lse[: positive.shape[0]], positive)
 
 
 def symmetric_cross_entropy(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> Tensor:  # [n], [m], [n] -> []
@@ -58,12 +60,45 @@ def symmetric_cross_entropy_weights(
     return row_weight, col_weight, -(row_weight + own_col_weight)
 
 
-def smoothing_term(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, positive: Tensor) -> Tensor:
-    """What smoothed labels add to the loss per unit: the mean positive logit less the mean logit of both directions.
+def row_cross_entropy(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> Tensor:  # [n], [m], [n] -> []
+    """Mean cross-entropy of the rows alone."""
+    return -logsigmoid(-margin(row_lse, positive)).mean()
+
+
+def row_cross_entropy_weights(
+    row_lse: Tensor,  # [n]
+    col_lse: Tensor,  # [m]
+    positive: Tensor,  # [n]
+    gradient: Tensor,  # []
+) -> tuple[Tensor, Tensor, Tensor]:  # [n], [m], [n]
+    """The derivatives of the rows' cross-entropy by row_lse, col_lse and positive, times `gradient`."""
+    row_weight = gradient * margin(row_lse, positive).sigmoid() / positive.shape[0]
+    return row_weight, torch.zeros_like(col_lse), -row_weight
+
+
+def _cross_entropy(backend: ModuleType, symmetric: bool) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+    """The cross-entropy of the statistics and its weights: both directions, in the backend's one call if it has one."""
+    if not symmetric:
+        return row_cross_entropy, row_cross_entropy_weights
+    return (
+        getattr(backend, "symmetric_cross_entropy", symmetric_cross_entropy),
+        getattr(backend, "symmetric_cross_entropy_weights", symmetric_cross_entropy_weights),
+    )
+
+
+def smoothing_term(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    positive: Tensor,  # [n]
+    symmetric: bool,
+) -> Tensor:  # []
+    """What smoothed labels add to the loss per unit: the mean positive logit less the mean logit of the directions.
 
     Means of logits need the mean features alone.
     """
-    mean_x, mean_y = _mean_features(x, y)
+    mean_x, mean_y = _mean_features(x, y, symmetric)
     return positive.mean() - scale * (mean_x * mean_y).sum() - bias
 
 
@@ -72,15 +107,17 @@ def _add_smoothing_gradients(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
     scale: Tensor,  # []
+    symmetric: bool,
     dx: Tensor,  # [n, d], added to
     dy: Tensor,  # [m, d], added to
 ) -> Tensor:  # []
     """Add weight times the gradients of `smoothing_term` to dx and dy, and return what dscale gets."""
     n, m = x.shape[0], y.shape[0]
-    mean_x, mean_y = _mean_features(x, y)
-    share = mean_x / (2 * m)  # of every text in the images' mean logit
+    mean_x, mean_y = _mean_features(x, y, symmetric)
+    rows, columns = (0.5, 0.5) if symmetric else (1.0, 0.0)  # the directions' parts in the loss
+    share = mean_x / (m / rows)  # of every text in the images' mean logit
     dx += weight * scale / n * (y[:n] - mean_y)
-    dy[:n] += weight * scale * ((x - mean_x / 2) / n - share)
+    dy[:n] += weight * scale * ((x - columns * mean_x) / n - share)
     dy[n:] -= weight * scale * share
     own = (x.to(mean_x.dtype) * y[:n]).sum() / n
     return weight * (own - (mean_x * mean_y).sum())
@@ -92,12 +129,13 @@ def _add_smoothing_gradients_through_norms(
     y: Tensor,  # [m, d]
     factors: tuple[Tensor, ...],  # [n], [m]
     scale: Tensor,  # []
+    symmetric: bool,
     dx: Tensor,  # [n, d], added to
     dy: Tensor,  # [m, d], added to
 ) -> Tensor:  # []
     """`_add_smoothing_gradients` of the normalized rows, by x and y."""
     by_rows = scale.new_zeros(x.shape), scale.new_zeros(y.shape)
-    dscale = _add_smoothing_gradients(weight, l2_normalize(x), l2_normalize(y), scale, *by_rows)
+    dscale = _add_smoothing_gradients(weight, l2_normalize(x), l2_normalize(y), scale, symmetric, *by_rows)
     for total, gradient, features, factor in zip((dx, dy), by_rows, (x, y), factors, strict=True):
         total += through_norms(gradient, features, factor)
     return dscale
@@ -118,9 +156,11 @@ def _operands(
     return (l2_normalize(x), l2_normalize(y), ()) if normalize else (x, y, ())
 
 
-def _mean_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, d], [m, d] -> [d], [d]
+def _mean_features(x: Tensor, y: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:  # [n, d], [m, d] -> [d], [d]
     n, accumulator = x.shape[0], accumulation_dtype(x.dtype)
-    mean_y = (y.mean(dim=0, dtype=accumulator) + y[:n].mean(dim=0, dtype=accumulator)) / 2
+    mean_y = y.mean(dim=0, dtype=accumulator)
+    if symmetric:
+        mean_y = (mean_y + y[:n].mean(dim=0, dtype=accumulator)) / 2
     return x.mean(dim=0, dtype=accumulator), mean_y
 
 
@@ -139,6 +179,7 @@ def _forward(
     normalize: bool,
     label_smoothing: float,
     backend: str,
+    symmetric: bool = True,  # both directions, or the rows' alone
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor
 ]:  # loss [], row_lse [n], col_lse [m], positive [n]; only the loss has a gradient
@@ -146,11 +187,12 @@ def _forward(
         chosen = dispatch.get(backend)
         rows_x, rows_y, factors = _operands(x, y, normalize, chosen)
         row_lse, col_lse, positive = chosen.forward(rows_x, rows_y, scale, bias, 0, *factors)
-        loss = getattr(chosen, "symmetric_cross_entropy", symmetric_cross_entropy)(row_lse, col_lse, positive)
+        cross_entropy, _ = _cross_entropy(chosen, symmetric)
+        loss = cross_entropy(row_lse, col_lse, positive)
         if label_smoothing:
             if factors:
                 rows_x, rows_y = l2_normalize(x), l2_normalize(y)
-            loss = loss + label_smoothing * smoothing_term(rows_x, rows_y, scale, bias, positive)
+            loss = loss + label_smoothing * smoothing_term(rows_x, rows_y, scale, bias, positive, symmetric)
         return loss.to(scale.dtype), row_lse, col_lse, positive
 
 
@@ -166,11 +208,12 @@ def _backward(
     normalize: bool,
     label_smoothing: float,
     backend: str,
+    symmetric: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
     with _without_autocast(x.device):
         chosen = dispatch.get(backend)
         rows_x, rows_y, factors = _operands(x, y, normalize, chosen)
-        weights_of = getattr(chosen, "symmetric_cross_entropy_weights", symmetric_cross_entropy_weights)
+        _, weights_of = _cross_entropy(chosen, symmetric)
         weights = row_weight, col_weight, positive_weight = weights_of(row_lse, col_lse, positive, gradient)
         dx, dy, dscale = chosen.backward(rows_x, rows_y, scale, bias, row_lse, col_lse, *weights, 0, *factors)
         # db = sum_ij G_ij, and each exp(L_ij - lse) sums to 1 over its row or column.
@@ -178,9 +221,11 @@ def _backward(
         if label_smoothing:
             weight = label_smoothing * gradient
             if factors:
-                dscale = dscale + _add_smoothing_gradients_through_norms(weight, x, y, factors, scale, dx, dy)
+                dscale = dscale + _add_smoothing_gradients_through_norms(
+                    weight, x, y, factors, scale, symmetric, dx, dy
+                )
             else:
-                dscale = dscale + _add_smoothing_gradients(weight, rows_x, rows_y, scale, dx, dy)
+                dscale = dscale + _add_smoothing_gradients(weight, rows_x, rows_y, scale, symmetric, dx, dy)
         if normalize and not factors:
             dx, dy = (through_norms(g, t, norm_factors(t)).to(t.dtype) for g, t in ((dx, x), (dy, y)))
         return dx, dy, dscale, dbias.to(bias.dtype)
@@ -191,9 +236,7 @@ contrastive_loss_backward = torch.library.custom_op("clipfast::contrastive_loss_
 
 
 @contrastive_loss.register_fake
-def _(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, normalize: bool, label_smoothing: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row_lse, col_lse, positive = (
         x.new_empty(size, dtype=statistics_dtype(x.device)) for size in (x.shape[0], y.shape[0], x.shape[0])
     )
@@ -214,7 +257,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _operator_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     gradients = contrastive_loss_backward(gradient, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None
+    return *gradients, *[None] * len(ctx.options)
 
 
 def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
@@ -240,7 +283,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # With create_graph the operator is what refuses a second derivative.
         derivative = contrastive_loss_backward if torch.is_grad_enabled() else _backward
-        return *derivative(gradient, *ctx.saved_tensors, *ctx.options), None, None, None
+        return *derivative(gradient, *ctx.saved_tensors, *ctx.options), *[None] * len(ctx.options)
 
 
 def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *options: Any) -> Tensor:  # []

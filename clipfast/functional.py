@@ -61,22 +61,52 @@ def contrastive_loss(
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
         NotImplementedError: an option that is marked as not available yet.
     """
+    _flag("deterministic", False if deterministic is None else deterministic)
+    if grad_reduction not in GRAD_REDUCTIONS:
+        raise ValueError(f"grad_reduction: got {grad_reduction!r}; accepted are 'mean' and 'sum'")
+    _refuse_ids(image_ids, text_ids)
+    _refuse_group(group)
+    return _loss(image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, True)
+
+
+def image_to_text_loss(
+    image_features: Tensor,  # [n, d]
+    text_features: Tensor,  # [m, d]
+    logit_scale: Tensor | float,  # exp(t)
+    logit_bias: Tensor | float | None = None,
+    *,
+    normalize: bool = False,
+    label_smoothing: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:  # 0-D
+    """One direction of `contrastive_loss`: the images choose among all texts, no text chooses.
+
+    Equal to cross_entropy(logits, labels) with the logits and labels of `contrastive_loss`, whose arguments these are,
+    at its cost and without the logits as well.
+    """
+    return _loss(image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, False)
+
+
+def _loss(
+    image_features: Tensor,  # [n, d]
+    text_features: Tensor,  # [m, d]
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    normalize: bool,
+    label_smoothing: float,
+    backend: str,
+    symmetric: bool,
+) -> Tensor:  # 0-D
     x, y = matched_features(image_features, text_features)
     accumulator = accumulation_dtype(x.dtype)
     scale = _scalar("logit_scale", logit_scale, accumulator, x.device)
     bias = _scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, accumulator, x.device)
     label_smoothing = _fraction("label_smoothing", label_smoothing)
     _flag("normalize", normalize)
-    _flag("deterministic", False if deterministic is None else deterministic)
-    if grad_reduction not in GRAD_REDUCTIONS:
-        raise ValueError(f"grad_reduction: got {grad_reduction!r}; accepted are 'mean' and 'sum'")
-    _refuse_ids(image_ids, text_ids)
-    _refuse_group(group)
     if not isinstance(backend, str):
         raise TypeError(f"backend: got {_name(backend)}; accepted is a name from clipfast.backends()")
     backend = dispatch.select(Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device), backend)
-
-    return autograd.loss(x, y, scale, bias, normalize, label_smoothing, backend)
+    return autograd.loss(x, y, scale, bias, normalize, label_smoothing, backend, symmetric)
 
 
 def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

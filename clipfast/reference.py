@@ -53,6 +53,18 @@ def contrastive_loss(
     return (loss_i + loss_t) / 2
 
 
+def image_to_text_loss(
+    image_embeddings: Tensor,  # [n, d]
+    text_embeddings: Tensor,  # [m, d], m >= n
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:  # 0-D
+    """One direction of it: images choose among all texts."""
+    scores = logits(image_embeddings, text_embeddings, logit_scale, logit_bias)
+    return cross_entropy(scores, torch.arange(len(scores), device=scores.device), label_smoothing=label_smoothing)
+
+
 def clip_loss(
     image_features: Tensor,  # I_f [n, d_i]
     text_features: Tensor,  # T_f [m, d_t]

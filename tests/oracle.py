@@ -46,12 +46,17 @@ def evaluate(
     return Result(loss.detach(), *torch.autograd.grad(loss * upstream, (x, y, s, b)))
 
 
-def truth(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> Result:
+def truth(
+    x: Tensor,
+    y: Tensor,
+    scale: float,
+    bias: float = 0.0,
+    exact_formula: Callable[..., Tensor] = reference.contrastive_loss,
+    **options: Any,
+) -> Result:
     # The scale that the others get is a float32.
     scale = torch.tensor(scale, dtype=accumulation_dtype(torch.promote_types(x.dtype, y.dtype))).item()
-    return evaluate(
-        reference.contrastive_loss, x.double(), y.double(), scale, bias, scalar_dtype=torch.float64, **options
-    )
+    return evaluate(exact_formula, x.double(), y.double(), scale, bias, scalar_dtype=torch.float64, **options)
 
 
 def same_dtype(
@@ -75,9 +80,16 @@ def same_dtype(
     )
 
 
-def ours(x: Tensor, y: Tensor, scale: float, bias: float = 0.0, **options: Any) -> Result:
+def ours(
+    x: Tensor,
+    y: Tensor,
+    scale: float,
+    bias: float = 0.0,
+    loss_fn: Callable[..., Tensor] = clipfast.contrastive_loss,
+    **options: Any,
+) -> Result:
     scalar_dtype = accumulation_dtype(torch.promote_types(x.dtype, y.dtype))
-    return evaluate(clipfast.contrastive_loss, x, y, scale, bias, scalar_dtype=scalar_dtype, **options)
+    return evaluate(loss_fn, x, y, scale, bias, scalar_dtype=scalar_dtype, **options)
 
 
 def reasons_against(backend: str, dtype: torch.dtype, device: str = "cpu") -> tuple[str, ...]:
@@ -114,6 +126,8 @@ def assert_three_way(
     *,
     backend: str,
     formula: Callable[..., Tensor] = reference.contrastive_loss,
+    exact_formula: Callable[..., Tensor] = reference.contrastive_loss,
+    loss_fn: Callable[..., Tensor] = clipfast.contrastive_loss,
     **options: Any,
 ) -> None:
     """err(clipfast) <= 2 err(PyTorch, same dtype) + eps, for loss, dx, dy, dscale and dbias.
@@ -129,9 +143,9 @@ def assert_three_way(
     A backend that multiplies halves rounds G to the inputs' dtype (`operand_rounding`). So does the dense formula, but
     where all logits are alike its elements of G may be powers of two, which are exact.
     """
-    exact = truth(x, y, scale, bias, **options)
+    exact = truth(x, y, scale, bias, exact_formula, **options)
     dense = same_dtype(x, y, scale, bias, formula, **options)
-    got = ours(x, y, scale, bias, backend=backend, **options)
+    got = ours(x, y, scale, bias, loss_fn, backend=backend, **options)
     accumulator = accumulation_dtype(torch.promote_types(x.dtype, y.dtype))
     length = max(1.0, x.double().norm(dim=1).max().item(), y.double().norm(dim=1).max().item())
     largest_logit = scale * length**2 + abs(bias)
