@@ -26,7 +26,11 @@ LAYERS = (
     {"model", "data", "info"},
     {"pictures"},
     {"train"},
-    {"integrations", "integrations.open_clip"},
+    {
+        "integrations",
+        "integrations.open_clip",
+        "integrations.transformers",
+    },
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 
