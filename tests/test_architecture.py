@@ -30,6 +30,7 @@ LAYERS = (
         "integrations",
         "integrations.open_clip",
         "integrations.transformers",
+        "integrations.sentence_transformers",
     },
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
