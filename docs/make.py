@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,12 +13,16 @@ from pdoc import render, render_helpers
 
 import clipfast
 
-FOLDER = Path(__file__).parents[1] / "build" / "docs"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "docs"
 TEMPLATE = Path(__file__).parent / "template"
-MODULES = ("reference", "model", "data", "train", "info")
+MODULES = ("reference", "model", "data", "train", "info", "integrations")
 
 
 def main() -> None:
+    # The libraries that clipfast.integrations plugs into import torchvision.
+    sys.path.append(str(ROOT / "tests"))
+    importlib.import_module("torchvision_stub").make_importable()
     warnings.simplefilter("error")
     # In "n*m*d" the stars are products, not emphasis.
     render_helpers.markdown_extensions["middle-word-em"] = {"allowed": False}
