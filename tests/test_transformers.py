@@ -320,8 +320,8 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         importlib.reload(integration)
 
 
-def test_compiles_as_one_graph(backend: str) -> None:
-    integration.patch(backend=backend)
+def test_compiles_as_one_graph() -> None:
+    integration.patch()
     model, batch = make_model(), make_batch()
     expected = model(**batch).loss
     expected_gradients = gradients(model, expected)
