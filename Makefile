@@ -5,18 +5,20 @@ BIN = $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-triton-3.6 lint docs bench sanitize clean
+.PHONY: demo test test-triton lint docs bench sanitize clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
 	$(BIN)/python -m clipfast.train --out runs/demo
 
-test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(TESTS)
+# OpenMP's threads must not wait by spinning where several tests run at a time.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --benchmark-disable
 
-test-triton-3.6:
-	$(MAKE) test VENV=$(VENV)/triton-3.6 CONSTRAINTS=constraints-triton-3.6.txt \
-	  TESTS="tests/test_triton.py tests/test_triton_compile.py tests/test_tuning.py"
+test: $(VENV)/test.stamp
+	$(PYTEST)
+
+test-triton: $(VENV)/test-triton.stamp
+	$(PYTEST) tests/test_triton.py tests/test_triton_compile.py tests/test_tuning.py
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks run
