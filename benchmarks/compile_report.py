@@ -43,7 +43,7 @@ MATRIX_INSTRUCTIONS = {
     "gfx942": "v_mfma",
 }
 MAX_STACK = 16  # bytes; above it, registers were spilled
-WIDTH = 512
+WIDTHS = (512, 101)  # d with aligned rows, and without, where pointers take the most registers
 ROWS = 512
 
 
@@ -55,12 +55,14 @@ class Case:
     dtype: torch.dtype
     precision: str  # of float32's product; "ieee" for halves
     factors: bool = False  # with row norms
+    d: int = WIDTHS[0]
 
     def __str__(self) -> str:
         config = self.config
         tile = f"{config.block_m}x{config.block_n}x{config.block_d}"
         words = [config.architecture, config.kernel, str(self.dtype).removeprefix("torch."), tile]
         words += [self.precision] * (self.dtype == torch.float32) + ["tma"] * config.tma + ["norms"] * self.factors
+        words += [f"d={self.d}"] * (self.d != WIDTHS[0])
         return " ".join(words)
 
 
@@ -79,15 +81,21 @@ class Compiled:
 
 
 def cases(architectures: Sequence[str] = tuple(DEVICES)) -> list[Case]:
-    """Every shipped configuration, in bfloat16 with and without norms or in both kinds of float32."""
+    """Every shipped configuration, in bfloat16 with and without norms or in both kinds of float32, for all rows it takes.
+
+    Rows that are not aligned come with norms alone, which add to what is held.
+    """
     found = []
     for config in tuning.CONFIGS:
         if config.architecture not in architectures:
             continue
+        any_rows = not (config.tma or config.aligned)
         if config.itemsize == 2:
             found += [Case(config, torch.bfloat16, "ieee", factors) for factors in (False, True)]
+            found += [Case(config, torch.bfloat16, "ieee", True, WIDTHS[1])] * any_rows
         else:
-            found += [Case(config, torch.float32, precision) for precision in ("ieee", "tf32")]
+            widths = WIDTHS if any_rows else WIDTHS[:1]
+            found += [Case(config, torch.float32, precision, d=d) for d in widths for precision in ("ieee", "tf32")]
     return found
 
 
@@ -109,7 +117,7 @@ def compile_case(case: Case) -> Compiled:
     from clipfast.kernels import launch
 
     config, device = case.config, DEVICES[case.config.architecture]
-    x, y = (torch.zeros(ROWS, WIDTH, dtype=case.dtype) for _ in range(2))
+    x, y = (torch.zeros(ROWS, case.d, dtype=case.dtype) for _ in range(2))
     scale, bias = torch.ones(()), torch.zeros(())
     factor = torch.ones(ROWS) if case.factors else None
     vector = torch.zeros(ROWS, dtype=torch.float64)

@@ -35,7 +35,7 @@ def candidates(kernel: str, device: Device, itemsize: int) -> Iterator[Config]:
         )
     )
     for config in dict.fromkeys([*shipped, *grid]):
-        if not tuning.reason_against(config, device, itemsize, WIDTH, tma_fits=True):
+        if not tuning.reason_against(config, device, itemsize, WIDTH, aligned_rows=True):
             yield config
 
 

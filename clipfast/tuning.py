@@ -24,6 +24,8 @@ WORKSPACE_BYTES = 32 << 20
 STRATEGY = "chunks"
 STRATEGIES = ("chunks", "registers")
 
+LOAD_STEP = 16  # the divisor of sizes and strides that Triton specializes on
+
 UNMEASURED = "compiled, not measured"
 
 
@@ -40,6 +42,7 @@ class Config:
     num_warps: int
     num_stages: int
     tma: bool = False  # loads through tensor descriptors
+    aligned: bool = False  # keeps few enough pointers in registers only where loads are of 16 bytes
     max_d: int = 0  # 0: any d
     block_out: int = 0  # accumulate: columns of dx per program
     per_processor: int = 1  # programs per multiprocessor
@@ -91,29 +94,31 @@ def describe(device: torch.device) -> Device:
     return Device(architecture, properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
-def reason_against(config: Config, device: Device, itemsize: int, d: int, tma_fits: bool) -> str:
-    """Why this configuration does not serve; empty if it does."""
+def reason_against(config: Config, device: Device, itemsize: int, d: int, aligned_rows: bool) -> str:
+    """Why this configuration does not serve; empty if it does. Aligned rows are contiguous and start at 16 bytes each."""
     if config.architecture != device.architecture:
         return f"is for {config.architecture}, the device is {device.architecture}"
     if config.itemsize not in (0, itemsize):
         return f"is for operands of {config.itemsize} bytes, these have {itemsize}"
     if config.max_d and d > config.max_d:
         return f"is for d up to {config.max_d}, d is {d}"
-    if config.tma and not tma_fits:
+    if config.tma and not aligned_rows:
         return "loads through tensor descriptors, which need unit stride along d and rows aligned to 16 bytes"
+    if config.aligned and not (aligned_rows and d % LOAD_STEP == 0):
+        return f"loads 16 bytes at a time, which needs aligned rows of a multiple of {LOAD_STEP} elements"
     if config.shared_bytes > device.shared_bytes:
         return f"needs {config.shared_bytes} bytes of shared memory, the device has {device.shared_bytes}"
     return ""
 
 
 @functools.lru_cache(maxsize=1024)
-def choose(kernel: str, device: Device, itemsize: int, d: int, tma_fits: bool = True) -> Choice:
+def choose(kernel: str, device: Device, itemsize: int, d: int, aligned_rows: bool = True) -> Choice:
     """The first configuration of the table without a reason against it."""
     rejected: list[tuple[Config, str]] = []
     for config in CONFIGS:
         if config.kernel != kernel:
             continue
-        reason = reason_against(config, device, itemsize, d, tma_fits)
+        reason = reason_against(config, device, itemsize, d, aligned_rows)
         if not reason:
             return Choice(config, tuple(rejected))
         rejected.append((config, reason))
@@ -185,17 +190,18 @@ def float32_product(device: Device) -> str:
 
 
 CONFIGS: tuple[Config, ...] = (
-    Config("statistics", "sm_80", 2, 128, 128, 32, 8, 4),
+    Config("statistics", "sm_80", 2, 128, 128, 32, 8, 4, aligned=True),
+    Config("statistics", "sm_80", 2, 128, 64, 32, 8, 4),
     Config("gradient", "sm_80", 2, 128, 128, 32, 8, 4),
-    Config("accumulate", "sm_80", 2, 64, 64, 64, 8, 2, block_out=256),
+    Config("accumulate", "sm_80", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("statistics", "sm_80", 4, 64, 64, 32, 8, 3),
     Config("gradient", "sm_80", 4, 128, 64, 32, 8, 3),
     Config("accumulate", "sm_80", 4, 64, 32, 32, 8, 1, block_out=64),
     Config("statistics", "sm_90", 2, 128, 256, 64, 8, 3, tma=True),
-    Config("statistics", "sm_90", 2, 128, 128, 64, 8, 3),
+    Config("statistics", "sm_90", 2, 128, 128, 32, 8, 3),
     Config("gradient", "sm_90", 2, 128, 128, 64, 8, 4, tma=True),
-    Config("gradient", "sm_90", 2, 128, 128, 64, 8, 3),
-    Config("accumulate", "sm_90", 2, 64, 64, 64, 8, 2, block_out=256),
+    Config("gradient", "sm_90", 2, 128, 128, 32, 8, 3),
+    Config("accumulate", "sm_90", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("statistics", "sm_90", 4, 64, 64, 32, 8, 3),
     Config("gradient", "sm_90", 4, 128, 64, 32, 8, 3),
     Config("accumulate", "sm_90", 4, 64, 64, 32, 8, 1, block_out=64),
@@ -204,7 +210,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("gradient", "sm_100", 2, 128, 256, 64, 8, 3, tma=True),
     Config("gradient", "sm_100", 2, 128, 64, 64, 8, 3),
     Config("accumulate", "sm_100", 2, 64, 64, 64, 8, 2, block_out=256),
-    Config("statistics", "sm_100", 4, 128, 64, 32, 8, 3),
+    Config("statistics", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("gradient", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("accumulate", "sm_100", 4, 64, 64, 32, 8, 1, block_out=64),
     Config("statistics", "gfx942", 2, 128, 128, 32, 8, 2),

@@ -74,15 +74,21 @@ struct Sums {
                                other_sum * exp2<T, W>(other_shift - larger));
         store_vector(shifts, larger);
     }
-    // The natural logarithm of the slots' sums together, in their order.
-    void log_merged(index_t begin, index_t end, double* out) {
+    // The natural logarithm of the slots' sums together, added up in float64: there may be thousands.
+    void log_merged(index_t begin, index_t end, double* out) const {
+        using Doubles = Vector<double, W>;
         for (index_t i = begin; i < end; i += W) {
-            for (index_t slot = 1; slot < slots; ++slot) {
-                const index_t from = slot * length + i;
-                add(0, i, load_vector<V>(shift + from), load_vector<V>(sum + from));
+            V largest = load_vector<V>(shift + i);
+            for (index_t slot = 1; slot < slots; ++slot)
+                largest = maximum(load_vector<V>(shift + slot * length + i), largest);
+            Doubles total = {};
+            for (index_t slot = 0; slot < slots; ++slot) {
+                const V factor = exp2<T, W>(load_vector<V>(shift + slot * length + i) - largest);
+                total += __builtin_convertvector(load_vector<V>(sum + slot * length + i), Doubles) *
+                         __builtin_convertvector(factor, Doubles);
             }
             for (index_t j = i; j < std::min(end, i + W); ++j)
-                out[j] = (double(shift[j]) + std::log2(double(sum[j]))) * kLn2;
+                out[j] = (double(largest[j - i]) + std::log2(total[j - i])) * kLn2;
         }
     }
 };

@@ -17,23 +17,27 @@ SIZES = [(1, 1), (7, 300), (513, 511), (4096, 4096), (100_000, 100_001)]
 @pytest.mark.parametrize("d", [1, 100, 768, 1280])
 @pytest.mark.parametrize("architecture", DEVICES)
 def test_every_problem_has_a_configuration(kernel: str, itemsize: int, d: int, architecture: str) -> None:
-    for tma_fits in (True, False):
-        choice = tuning.choose(kernel, DEVICES[architecture], itemsize, d, tma_fits)
+    for aligned_rows in (True, False):
+        choice = tuning.choose(kernel, DEVICES[architecture], itemsize, d, aligned_rows)
         assert (choice.config.kernel, choice.config.architecture) == (kernel, architecture)
-        assert tma_fits or not choice.config.tma
+        assert aligned_rows or not (choice.config.tma or choice.config.aligned)
         assert all(reason for _, reason in choice.rejected)
 
 
 def test_choices_explain_themselves() -> None:
     device = DEVICES["sm_90"]
     config = Config("gradient", "sm_90", 2, 128, 256, 64, 8, 3, tma=True, max_d=512)
-    assert tuning.reason_against(config, device, 2, 512, tma_fits=True) == ""
-    assert "unit stride along d" in tuning.reason_against(config, device, 2, 512, tma_fits=False)
-    assert "operands of 2 bytes" in tuning.reason_against(config, device, 4, 512, tma_fits=True)
-    assert "d up to 512" in tuning.reason_against(config, device, 2, 768, tma_fits=True)
-    assert "is for sm_90" in tuning.reason_against(config, DEVICES["sm_80"], 2, 512, tma_fits=True)
+    assert tuning.reason_against(config, device, 2, 512, aligned_rows=True) == ""
+    assert "unit stride along d" in tuning.reason_against(config, device, 2, 512, aligned_rows=False)
+    assert "operands of 2 bytes" in tuning.reason_against(config, device, 4, 512, aligned_rows=True)
+    assert "d up to 512" in tuning.reason_against(config, device, 2, 768, aligned_rows=True)
+    assert "is for sm_90" in tuning.reason_against(config, DEVICES["sm_80"], 2, 512, aligned_rows=True)
+    aligned = Config("statistics", "sm_90", 2, 128, 128, 32, 8, 4, aligned=True)
+    assert tuning.reason_against(aligned, device, 2, 512, aligned_rows=True) == ""
+    for d, rows in ((512, False), (100, True)):
+        assert "loads 16 bytes at a time" in tuning.reason_against(aligned, device, 2, d, aligned_rows=rows)
     wide = Config("gradient", "sm_90", 2, 256, 256, 128, 8, 4)
-    assert "bytes of shared memory" in tuning.reason_against(wide, device, 2, 512, tma_fits=True)
+    assert "bytes of shared memory" in tuning.reason_against(wide, device, 2, 512, aligned_rows=True)
 
 
 @pytest.mark.parametrize(("n", "m"), SIZES)

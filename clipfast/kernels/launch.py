@@ -143,9 +143,9 @@ class Operands:
         return *self.x.stride(), *self.y.stride()
 
     def choose(self, kernel: str) -> Config:
-        tma_fits = all(_fits_descriptor(t) for t in (self.x, self.y))
+        aligned_rows = all(_has_aligned_rows(t) for t in (self.x, self.y))
         device, itemsize, d = tuning.describe(self.x.device), self.x.dtype.itemsize, self.x.shape[1]
-        return tuning.choose(kernel, device, itemsize, d, tma_fits).config
+        return tuning.choose(kernel, device, itemsize, d, aligned_rows).config
 
     def tiles(self, config: Config) -> tuple[Any, Any]:
         if not config.tma:
@@ -316,8 +316,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
 
 
-def _fits_descriptor(t: Tensor) -> bool:
-    """Whether a tensor descriptor can describe t: its rows contiguous, and each aligned to 16 bytes."""
+def _has_aligned_rows(t: Tensor) -> bool:
+    """Whether t's rows are contiguous, and each aligned to 16 bytes, as a tensor descriptor needs them."""
     return t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0
 
 
