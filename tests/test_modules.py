@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracle import error, evaluate, features
 from torch import Tensor, nn
+from towers import Towers
 
 import clipfast
 from clipfast import autograd, reference
@@ -44,24 +45,6 @@ def test_module_hands_its_options_on() -> None:
     loss = clipfast.ContrastiveLoss(normalize=True, label_smoothing=0.2)
     exact = reference.contrastive_loss(reference.l2_normalize(x), reference.l2_normalize(y), 5.0, label_smoothing=0.2)
     assert error(loss(x, y, 5.0), exact) < 1e-6
-
-
-class Towers(nn.Module):
-    """Two towers with open_clip's forward: a dictionary that the loss takes as keywords."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image, self.text = nn.Linear(6, 5), nn.Linear(7, 5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-
-    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        return {
-            "image_features": nn.functional.normalize(self.image(images), dim=1),
-            "text_features": nn.functional.normalize(self.text(texts), dim=1),
-            "logit_scale": self.logit_scale.exp(),
-            "logit_bias": self.logit_bias,
-        }
 
 
 def test_no_parameter_is_unused_under_ddp(tmp_path: Path) -> None:
