@@ -46,6 +46,21 @@ def test_not_finite_input_comes_out_as_in_the_dense_formula(backend: str, n: int
         assert torch.equal(actual.isinf(), expected.isinf()), name
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["x", "y", "extra"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_not_finite_input_that_is_normalized(backend: str, dtype: torch.dtype, place: str, value: float) -> None:
+    """Its norm is not finite either, and the row is NaN."""
+    x, y = features("random", 70, 73, 8, dtype)
+    {"x": x[1], "y": y[1], "extra": y[71]}[place][3] = value
+    dense = evaluate(normalize_then_loss, x.float(), y.float(), 14.3)
+    got = ours(x, y, 14.3, normalize=True, backend=backend)
+    for name in ("loss", "dx", "dy", "dscale"):
+        expected, actual = getattr(dense, name), getattr(got, name)
+        assert torch.equal(actual.isnan(), expected.isnan()), name
+        assert torch.equal(actual.isinf(), expected.isinf()), name
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e30])
 def test_extreme_scale_comes_out_as_in_the_dense_formula(backend: str, scale: float) -> None:
     x, y = features("random", 40, 40, 8)
