@@ -1,4 +1,4 @@
-"""What holds whatever the numbers: NaN, strides, autograd's rules, memory, determinism (traps 3, 5, 7-11, 14, 20)."""
+"""What holds whatever the numbers: NaN, strides, autograd's rules, memory, determinism (traps 3, 5, 7-10, 14, 20)."""
 
 from __future__ import annotations
 

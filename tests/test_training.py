@@ -1,4 +1,4 @@
-"""What training code does with the loss: micro-batches, threads, one graph, sharding (traps 2, 11, 13, 15)."""
+"""What training code does with the loss: micro-batches, threads, one graph, sharding (traps 2, 13, 15)."""
 
 from __future__ import annotations
 
