@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,20 +46,17 @@ def test_module_hands_its_options_on() -> None:
     assert error(loss(x, y, 5.0), exact) < 1e-6
 
 
-def test_no_parameter_is_unused_under_ddp(backend: str, tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(Towers())
-        for _ in range(2):  # an unused parameter makes the second forward raise
-            losses = clipfast.ContrastiveLoss(group=torch.distributed.group.WORLD, backend=backend)(
-                **model(torch.randn(9, 6), torch.randn(9, 7)), output_dict=True
-            )
-            sum(losses.values()).backward()
-        bias_gradient = model.module.logit_bias.grad
-        assert bias_gradient is not None
-        assert bias_gradient.abs() < 1e-6
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_no_parameter_is_unused_under_ddp(backend: str) -> None:
+    model = nn.parallel.DistributedDataParallel(Towers())
+    for _ in range(2):  # an unused parameter makes the second forward raise
+        losses = clipfast.ContrastiveLoss(group=torch.distributed.group.WORLD, backend=backend)(
+            **model(torch.randn(9, 6), torch.randn(9, 7)), output_dict=True
+        )
+        sum(losses.values()).backward()
+    bias_gradient = model.module.logit_bias.grad
+    assert bias_gradient is not None
+    assert bias_gradient.abs() < 1e-6
 
 
 def test_grad_scaler(backend: str) -> None:
