@@ -1,4 +1,4 @@
-"""`python -m benchmarks [run | gpu | report | memory]`: measure, draw, and put the figures into README.md."""
+"""`python -m benchmarks [run | gpu | report | memory | accuracy]`: measure, draw, put the figures into README.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import compare, compile_report, environment, gpu, memory, report
+from benchmarks import accuracy, compare, compile_report, environment, gpu, memory, report
 from benchmarks.cases import DTYPES, Case
 from benchmarks.run import Runner
 
@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw.set_defaults(call=lambda options: report.main())
     bytes_ = commands.add_parser("memory", help="memory of the loss against the batch size, for README.md")
     bytes_.set_defaults(call=lambda options: memory.main())
+    errors = commands.add_parser("accuracy", help="errors of loss and gradients against float64, for README.md")
+    errors.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    errors.set_defaults(call=lambda options: accuracy.main(options.device))
     compiled = commands.add_parser("compile-report", help="what every Triton configuration compiles to, without a GPU")
     compiled.add_argument("--architecture", nargs="+", default=list(compile_report.DEVICES), metavar="NAME")
     compiled.set_defaults(call=lambda options: compile_report.main(options.architecture))

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import environment, memory
+from benchmarks import accuracy, environment, memory
 
 WIDTH, SCALE = 512, 14.3  # of the tables and the plots
 # Colour-blind safe (Okabe and Ito 2008); clipfast in the darkest two, thick.
@@ -21,7 +21,8 @@ MARKERS = "osv^D<>pPX"
 def load() -> list[dict[str, Any]]:
     """All speed results, one for each device."""
     paths = sorted(environment.RESULTS.glob("*.json"))
-    return [json.loads(path.read_text()) for path in paths if not path.name.startswith(("memory-", "compile-"))]
+    others = ("accuracy-", "compile-", "memory-")
+    return [json.loads(path.read_text()) for path in paths if not path.name.startswith(others)]
 
 
 def speed_table(result: dict[str, Any]) -> str:
@@ -101,7 +102,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def blocks() -> dict[str, str]:
     """The README's marked blocks by name."""
-    return {"memory": memory.table(memory.load()), "speed": "\n\n".join(speed_table(result) for result in load())}
+    return {
+        "accuracy": "\n\n".join(accuracy.table(result) for result in accuracy.load()),
+        "memory": memory.table(memory.load()),
+        "speed": "\n\n".join(speed_table(result) for result in load()),
+    }
 
 
 def with_blocks(readme: str, contents: dict[str, str]) -> str:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -41,3 +43,16 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """gloo, of this process alone.
+
+    PyTorch joins the group's threads with Python's lock held. A thread that still has to let go of its last all-reduce,
+    DDP's for example, waits for that lock, and both wait for ever; the pause gives it the time.
+    """
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    time.sleep(0.5)
+    torch.distributed.destroy_process_group()

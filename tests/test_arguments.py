@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import clipfast
+from clipfast import autograd
 
 X = torch.randn(4, 3)
 
@@ -25,6 +27,7 @@ X = torch.randn(4, 3)
         ({"image_features": X[:0]}, ValueError, r"image_features: got shape \[0, 3\]; at least one row"),
         ({"image_features": X[:, :0], "text_features": X[:, :0]}, ValueError, r"image_features: got shape \[4, 0\]"),
         ({"text_features": torch.randn(4, 5)}, ValueError, r"text_features: got shape \[4, 5\]; its d must be that of"),
+        ({"text_features": X[:0]}, ValueError, r"text_features: got shape \[0, 3\]; at least one row"),
         ({"text_features": X[:2]}, ValueError, "text_features: got 2 rows; accepted are at least the 4 rows"),
         ({"text_features": X.to("meta")}, ValueError, "text_features: is on meta; image_features is on cpu"),
         ({"logit_scale": "14"}, TypeError, "logit_scale: got str; accepted is a number or a tensor of one element"),
@@ -32,8 +35,17 @@ X = torch.randn(4, 3)
         ({"logit_scale": None}, TypeError, "logit_scale: got NoneType; accepted"),
         ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale: got shape \[2\]; accepted is a single element"),
         ({"logit_scale": torch.tensor(14)}, TypeError, "logit_scale: got a tensor of torch.int64; accepted"),
+        ({"logit_scale": torch.ones(0)}, ValueError, r"logit_scale: got shape \[0\]; accepted is a single element"),
+        (
+            {"logit_scale": torch.ones((), dtype=torch.cfloat)},
+            TypeError,
+            "logit_scale: got a tensor of torch.complex64",
+        ),
         ({"logit_bias": torch.ones(3)}, ValueError, r"logit_bias: got shape \[3\]; accepted is a single element"),
         ({"logit_bias": "0"}, TypeError, "logit_bias: got str; accepted"),
+        ({"logit_bias": False}, TypeError, "logit_bias: got bool; accepted"),
+        ({"logit_bias": torch.tensor(1)}, TypeError, "logit_bias: got a tensor of torch.int64; accepted"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing: got 1.5; accepted is a number from 0 to 1"),
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing: got -0.1; accepted is a number from 0 to 1"),
         ({"label_smoothing": float("nan")}, ValueError, "label_smoothing: got nan; accepted"),
         ({"label_smoothing": "0.1"}, TypeError, "label_smoothing: got str; accepted"),
@@ -47,15 +59,31 @@ X = torch.randn(4, 3)
         ({"text_ids": torch.arange(4)}, NotImplementedError, "text_ids: .* not available yet"),
     ],
 )
-def test_wrong_argument(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+def test_wrong_argument(
+    arguments: dict[str, Any], error: type[Exception], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(*arguments: object) -> None:
+        pytest.fail("computed before all arguments were checked")
+
+    monkeypatch.setattr(autograd, "loss", compute)
     with pytest.raises(error, match=text):
         clipfast.contrastive_loss(**{"image_features": X, "text_features": X, "logit_scale": 1.0, **arguments})
+
+
+def test_a_group_of_two() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(NotImplementedError, match=r"group: .* not available yet; pass None"):
+            clipfast.contrastive_loss(X, X, 1.0, group=torch.distributed.group.WORLD)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
         ({"rank": 1}, ValueError, "rank: got 1; accepted is a number below world_size, 1"),
+        ({"rank": -1}, ValueError, "rank: got -1; accepted"),
         ({"world_size": 0}, ValueError, "rank: got 0; accepted"),
         ({"world_size": 2}, NotImplementedError, "world_size: got 2; .* not available yet"),
         ({"use_horovod": True}, NotImplementedError, "use_horovod: Horovod is not supported; use torch.distributed"),

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, compare, environment, gpu, memory, report, run
+from benchmarks import accuracy, baselines, compare, environment, gpu, memory, report, run
 from benchmarks.__main__ import main
-from benchmarks.cases import Case, grid, inputs
+from benchmarks.cases import DTYPES, Case, grid, inputs
 
 CASE = Case("float32", 64, 32)
 
@@ -178,6 +178,28 @@ def test_memory_of_one_case(loss: str) -> None:
     else:
         assert input_bytes <= measured["saved_bytes"] < 1.1 * input_bytes
     assert measured["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_of_one_case(dtype: str) -> None:
+    """No formula is far off, and clipfast, whose logits are never rounded to halves, is by far the nearest."""
+    errors = {row["loss"]: row["errors"] for row in accuracy.measure(dtype, 100.0, 256, "cpu")}
+    assert list(errors) == list(accuracy.LOSSES)
+    assert all(0 <= error < 1 for row in errors.values() for error in row.values())
+    for name in ("loss", "dscale") if dtype != "float32" else ():
+        assert errors["clipfast"][name] < errors["open_clip"][name] / 10
+
+
+def test_the_accuracy_table_comes_from_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "SCALES", (14.3,))
+    result = accuracy.run("cpu", n=32)
+    lines = accuracy.table(result).splitlines()
+    rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
+    for row in rows:
+        errors = " | ".join(f"{error:.1e}" for error in row["errors"].values())
+        assert lines.count(f"| bfloat16 | 14.3 | {row['loss']} | {errors} |") == 1
+    assert f"the loss is {rows[0]['exact_loss']:.2g} at scale 14.3" in lines[-1]
+    assert result["date"] in lines[-1]
 
 
 def test_an_unknown_base_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What holds whatever the numbers: NaN, strides, autograd's rules, memory, determinism (traps 3, 5, 7-11, 14, 20)."""
+"""What holds whatever the numbers: NaN, strides, autograd's rules, memory, determinism (traps 3, 5, 7-10, 14, 20)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from oracle import error, evaluate, features, ours, truth
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
 from clipfast import reference
@@ -43,6 +46,21 @@ def test_not_finite_input_comes_out_as_in_the_dense_formula(backend: str, n: int
         assert torch.equal(actual.isinf(), expected.isinf()), name
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["x", "y", "extra"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_not_finite_input_that_is_normalized(backend: str, dtype: torch.dtype, place: str, value: float) -> None:
+    """Its norm is not finite either, and the row is NaN."""
+    x, y = features("random", 70, 73, 8, dtype)
+    {"x": x[1], "y": y[1], "extra": y[71]}[place][3] = value
+    dense = evaluate(normalize_then_loss, x.float(), y.float(), 14.3)
+    got = ours(x, y, 14.3, normalize=True, backend=backend)
+    for name in ("loss", "dx", "dy", "dscale"):
+        expected, actual = getattr(dense, name), getattr(got, name)
+        assert torch.equal(actual.isnan(), expected.isnan()), name
+        assert torch.equal(actual.isinf(), expected.isinf()), name
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e30])
 def test_extreme_scale_comes_out_as_in_the_dense_formula(backend: str, scale: float) -> None:
     x, y = features("random", 40, 40, 8)
@@ -58,14 +76,14 @@ def test_one_pair_has_no_loss_and_no_gradient(backend: str) -> None:
         assert not getattr(got, name).any(), name
 
 
-def strided(tensor: Tensor) -> Iterator[Tensor]:
-    """The same values under other strides; whatever lies between them is NaN."""
+def strided(tensor: Tensor, padding: float = float("nan")) -> Iterator[Tensor]:
+    """The same values under other strides, with padding between them."""
     n, d = tensor.shape
     yield tensor.T.contiguous().T
-    padded = tensor.new_full((2 * n + 1, d + 5), float("nan"))
+    padded = tensor.new_full((2 * n + 1, d + 5), padding)
     padded[1::2, 2:-3] = tensor
     yield padded[1::2, 2:-3]
-    sparse = tensor.new_full((n, 3 * d), float("nan"))
+    sparse = tensor.new_full((n, 3 * d), padding)
     sparse[:, ::3] = tensor
     yield sparse[:, ::3]
 
@@ -80,6 +98,15 @@ def test_any_strides_and_nan_padding(backend: str, dtype: torch.dtype) -> None:
         for name in NAMES:
             bound = error(getattr(plain, name), getattr(exact, name)) + 1e-6 * getattr(exact, name).abs().max()
             assert error(getattr(got, name), getattr(exact, name)) <= 2 * bound + 1e-9, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_padding_is_not_read(backend: str, dtype: torch.dtype) -> None:
+    """NaN between the rows and columns changes no bit against zeros there."""
+    x, y = features("trained", 67, 71, 19, dtype)
+    zeros, nans = (zip(strided(x, value), strided(y, value), strict=True) for value in (0.0, float("nan")))
+    for of_zeros, of_nans in zip(zeros, nans, strict=True):
+        assert bitwise(ours(*of_zeros, 14.3, backend=backend), ours(*of_nans, 14.3, backend=backend))
 
 
 def test_expanded_inputs(backend: str) -> None:
@@ -204,30 +231,50 @@ def test_normalize_saves_no_copy(backend: str, dtype: torch.dtype) -> None:
     assert saved_bytes(x, y, backend, normalize=True) == saved_bytes(x, y, backend)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_in_place_edit_before_backward_raises(backend: str, which: int) -> None:
-    leaves = [t.requires_grad_() for t in features("random", 9, 9, 4)]
+class Watch(TorchDispatchMode):
+    """Changes nothing; under it the loss is an operator and not an autograd function (clipfast.autograd.loss)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture(params=[nullcontext, Watch], ids=["function", "operator"])
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    with request.param():
+        yield
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_in_place_edit_before_backward_raises(backend: str, which: int, normalize: bool) -> None:
+    leaves = [t.requires_grad_() for t in (*features("random", 9, 9, 4), torch.tensor([14.3]))]
     inputs = [leaf * 1 for leaf in leaves]
-    loss = clipfast.contrastive_loss(*inputs, 14.3, backend=backend)
-    inputs[which].data_ptr()
+    loss = clipfast.contrastive_loss(*inputs, normalize=normalize, backend=backend)
     inputs[which].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
+@pytest.mark.usefixtures("path")
 def test_retain_graph_gives_the_same_twice(backend: str) -> None:
-    x, y = (t.requires_grad_() for t in features("random", 90, 90, 33))
-    loss = clipfast.contrastive_loss(x, y, 14.3, backend=backend)
-    first = torch.autograd.grad(loss, (x, y), retain_graph=True)
-    second = torch.autograd.grad(loss, (x, y))
+    leaves = [t.requires_grad_() for t in (*features("random", 90, 90, 33), torch.tensor(14.3))]
+    loss = clipfast.contrastive_loss(*leaves, label_smoothing=0.1, backend=backend)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves)
 
 
-def test_double_backward_says_that_it_is_not_supported(backend: str) -> None:
-    x, y = (t.requires_grad_() for t in features("random", 5, 5, 4))
-    loss = clipfast.contrastive_loss(x, y, 14.3, backend=backend)
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="clipfast does not support double backward"):
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_double_backward_says_that_it_is_not_supported(backend: str, which: int, normalize: bool) -> None:
+    leaves = [t.requires_grad_() for t in (*features("random", 5, 5, 4), torch.tensor(14.3))]
+    loss = clipfast.contrastive_loss(*leaves, normalize=normalize, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, leaves[which], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"clipfast does not support double backward.*clipfast\.reference"):
         gradient.square().sum().backward()
 
 
@@ -240,6 +287,25 @@ def test_one_frozen_tower(backend: str, frozen: int) -> None:
     assert tensors[frozen].grad is None
     assert live.grad is not None
     assert error(live.grad, (exact.dy, exact.dx)[frozen]) <= 1e-6
+
+
+def test_frozen_towers_and_a_scale_that_learns(backend: str) -> None:
+    x, y = features("trained", 31, 31, 10)
+    scale = torch.tensor(14.3, requires_grad=True)
+    clipfast.contrastive_loss(x, y, scale, backend=backend).backward()
+    assert scale.grad is not None
+    assert error(scale.grad, truth(x, y, 14.3).dscale) <= 1e-6
+    assert not clipfast.contrastive_loss(x, y, scale.detach(), backend=backend).requires_grad
+
+
+def test_tensors_made_in_inference_mode(backend: str) -> None:
+    """They compute a loss; for a gradient they would have to be saved, which PyTorch refuses."""
+    with torch.inference_mode():
+        x, y = features("trained", 31, 31, 10)
+    loss = clipfast.contrastive_loss(x, y, 14.3, backend=backend)
+    assert error(loss, truth(x.clone(), y.clone(), 14.3).loss) <= 1e-6
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        clipfast.contrastive_loss(x, y, torch.tensor(14.3, requires_grad=True), backend=backend)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

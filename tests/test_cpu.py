@@ -1,4 +1,4 @@
-"""The compiled backend by itself: instruction sets, exponentials, forks. What it computes is tested with the others."""
+"""The compiled backend by itself: instruction sets (trap 22), exponentials, forks. The others test what it computes."""
 
 from __future__ import annotations
 

@@ -86,13 +86,36 @@ def test_without_the_compiled_extension() -> None:
         assert "reinstall it with a C++17 compiler" in line
 
 
-def test_without_triton() -> None:
-    run(
-        "import sys; sys.modules['triton'] = None\n"
+def triton_refusal(preparation: str, **environment: str) -> str:
+    """Why triton is not there, after a loss without it."""
+    return run(
+        f"{preparation}\n"
         "import torch, clipfast\n"
         "x = torch.randn(5, 3)\n"
-        "assert clipfast.contrastive_loss(x, x, 1.0).isfinite()"
+        "assert clipfast.contrastive_loss(x, x, 1.0).isfinite()\n"
+        "assert clipfast.explain(100, 8).chosen != 'triton'\n"
+        "reason, = clipfast.backends()['triton']\n"
+        "try: clipfast.contrastive_loss(x, x, 1.0, backend='triton')\n"
+        "except ValueError as error: assert reason in str(error); print(reason)",
+        **environment,
     )
+
+
+def test_without_triton() -> None:
+    reason = triton_refusal("import sys; sys.modules['triton'] = None")
+    assert reason == "triton is not installed: pip install clipfast[triton]"
+
+
+def test_with_triton_and_no_gpu() -> None:
+    pytest.importorskip("triton")
+    reason = triton_refusal("import os; os.environ.pop('TRITON_INTERPRET', None)", CUDA_VISIBLE_DEVICES="")
+    assert reason.startswith("no CUDA or ROCm GPU is available to torch")
+
+
+def test_a_backend_that_the_environment_names_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPFAST_BACKEND", "cpu")
+    with pytest.raises(ValueError, match=r"'cpu' cannot run this problem.*runs on CPU tensors only.*meta"):
+        clipfast.contrastive_loss(X.to("meta"), X.to("meta"), 1.0)
 
 
 def test_import_loads_no_optional_package() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracle import error, evaluate, features
 from torch import Tensor, nn
+from towers import Towers
 
 import clipfast
 from clipfast import autograd, reference
@@ -46,38 +46,17 @@ def test_module_hands_its_options_on() -> None:
     assert error(loss(x, y, 5.0), exact) < 1e-6
 
 
-class Towers(nn.Module):
-    """Two towers with open_clip's forward: a dictionary that the loss takes as keywords."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image, self.text = nn.Linear(6, 5), nn.Linear(7, 5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-
-    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        return {
-            "image_features": nn.functional.normalize(self.image(images), dim=1),
-            "text_features": nn.functional.normalize(self.text(texts), dim=1),
-            "logit_scale": self.logit_scale.exp(),
-            "logit_bias": self.logit_bias,
-        }
-
-
-def test_no_parameter_is_unused_under_ddp(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(Towers())
-        for _ in range(2):  # an unused parameter makes the second forward raise
-            losses = clipfast.ContrastiveLoss(group=torch.distributed.group.WORLD)(
-                **model(torch.randn(9, 6), torch.randn(9, 7)), output_dict=True
-            )
-            sum(losses.values()).backward()
-        bias_gradient = model.module.logit_bias.grad
-        assert bias_gradient is not None
-        assert bias_gradient.abs() < 1e-6
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_no_parameter_is_unused_under_ddp(backend: str) -> None:
+    model = nn.parallel.DistributedDataParallel(Towers())
+    for _ in range(2):  # an unused parameter makes the second forward raise
+        losses = clipfast.ContrastiveLoss(group=torch.distributed.group.WORLD, backend=backend)(
+            **model(torch.randn(9, 6), torch.randn(9, 7)), output_dict=True
+        )
+        sum(losses.values()).backward()
+    bias_gradient = model.module.logit_bias.grad
+    assert bias_gradient is not None
+    assert bias_gradient.abs() < 1e-6
 
 
 def test_grad_scaler(backend: str) -> None:

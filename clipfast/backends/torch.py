@@ -107,6 +107,7 @@ def backward(
         row_dot[rows] = (gradient_y * x_rows).sum(dim=1)
         dx[rows] = gradient_y.mul_(scale * unit)
         _accumulate_product(dy, gradient.T, x_rows)
+        del logits, gradient, diagonal  # or the next two chunks would stand beside one of these
     return dx, dy.mul_(scale * unit).to(x.dtype), row_dot.sum() * unit
 
 
