@@ -81,7 +81,7 @@ class Compiled:
 
 
 def cases(architectures: Sequence[str] = tuple(DEVICES)) -> list[Case]:
-    """Every shipped configuration, in bfloat16 with and without norms or in both kinds of float32, for all rows it takes.
+    """Every shipped configuration, in bfloat16 with and without norms or both kinds of float32, for all rows it takes.
 
     Rows that are not aligned come with norms alone, which add to what is held.
     """

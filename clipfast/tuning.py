@@ -95,7 +95,7 @@ def describe(device: torch.device) -> Device:
 
 
 def reason_against(config: Config, device: Device, itemsize: int, d: int, aligned_rows: bool) -> str:
-    """Why this configuration does not serve; empty if it does. Aligned rows are contiguous and start at 16 bytes each."""
+    """Why this configuration does not serve; empty if it does. Aligned rows: contiguous, each at 16 bytes."""
     if config.architecture != device.architecture:
         return f"is for {config.architecture}, the device is {device.architecture}"
     if config.itemsize not in (0, itemsize):
