@@ -69,6 +69,7 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
     static constexpr bool kRounds = false;  // G
     static constexpr index_t kRowStep = 1, kColStep = 1;  // G's rows and columns are padded to multiples of them
     static constexpr index_t kDepth = 192 / kWidth * kWidth;  // terms of a sum in registers, at most
+    static constexpr index_t kDotDepth = 128;  // the same of x y^T, whose error the scale multiplies
 
     // Operands per row of x or y in their product.
     static index_t operands(index_t d) { return d; }
@@ -82,7 +83,17 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
     // visit(sum[kRows][NV]) with x y^T of kRows rows and a panel of NV vectors, both packed.
     template <int NV, class Visit>
     static CLIPFAST_INLINE void multiply_rows(index_t d, const T* left, const T* right, const Visit& visit) {
-        multiply<NV, 1, kRows>(1, d, left, 0, right, visit);
+        V total[kRows][NV];
+        for (index_t k = 0; k < d; k += kDotDepth)
+            multiply<NV, 1, kRows>(1, std::min(kDotDepth, d - k), left + k * kRows, 0, right + k * NV * W,
+                                   [&](const V (&sum)[kRows][NV]) {
+#pragma GCC unroll 16
+                                       for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+                                           for (int v = 0; v < NV; ++v)
+                                               total[i][v] = k ? total[i][v] + sum[i][v] : sum[i][v];
+                                   });
+        visit(total);
     }
 
     // Rows of x as the left operand of x y^T: [row / kRows][d][kRows].
