@@ -65,24 +65,45 @@ struct Lanes {
     // What lies beyond `count` elements is zero.
     template <class Element>
     static CLIPFAST_INLINE V load_elements(const Element* p, index_t stride, index_t count) {
+        if (stride == 1 && count >= W) return load_whole(p);
         T values[W];
-        if (stride == 1 && count >= W) {
-            for (int l = 0; l < W; ++l) values[l] = load(p[l]);
-        } else {
-            for (index_t l = 0; l < W; ++l) values[l] = l < count ? load(p[l * stride]) : T(0);
-        }
+        for (index_t l = 0; l < W; ++l) values[l] = l < count ? load(p[l * stride]) : T(0);
         return load_vector<V>(values);
     }
 
     template <class Element>
     static CLIPFAST_INLINE void store_elements(Element* p, V v, index_t count) {
+        if (count >= W) return store_whole(p, v);
         T values[W];
         store_vector(values, v);
-        if (count >= W) {
-            for (int l = 0; l < W; ++l) p[l] = store<Element>(values[l]);
-        } else {
-            for (index_t l = 0; l < count; ++l) p[l] = store<Element>(values[l]);
-        }
+        for (index_t l = 0; l < count; ++l) p[l] = store<Element>(values[l]);
+    }
+
+  private:
+    using Bits = Vector<std::uint32_t, W>;
+    using HalfBits = Vector<std::uint16_t, W>;
+
+    // The loads and stores of dtypes.h, W at a time. Lanes that go through memory one by one would stall the next load.
+    static CLIPFAST_INLINE V load_whole(const T* p) { return load_vector<V>(p); }
+    static CLIPFAST_INLINE V load_whole(const bfloat16* p) {
+        return as<V>(__builtin_convertvector(load_vector<HalfBits>(p), Bits) << 16);
+    }
+    static CLIPFAST_INLINE V load_whole(const float16* p) {
+        const Bits bits = __builtin_convertvector(load_vector<HalfBits>(p), Bits);
+        const Bits sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
+        const Bits finite = as<Bits>(as<V>(magnitude) * 0x1p112f);
+        return as<V>(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
+    }
+
+    static CLIPFAST_INLINE void store_whole(T* p, V v) { store_vector(p, v); }
+    static CLIPFAST_INLINE void store_whole(bfloat16* p, V v) {
+        const Bits bits = as<Bits>(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        store_vector(p, __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0u, HalfBits));
+    }
+    static CLIPFAST_INLINE void store_whole(float16* p, V v) {
+        T values[W];
+        store_vector(values, v);
+        for (int l = 0; l < W; ++l) p[l] = float16::store(values[l]);
     }
 };
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
-from oracle import BFLOAT16_UNITS, error, features, ours, truth
+from oracle import BFLOAT16_UNITS, Result, error, features, ours, same_dtype, truth
 
 import clipfast
 from clipfast.backends import cpu
@@ -50,11 +50,11 @@ def _matmul_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def relative_errors(kind: str, precision: str) -> dict[str, float]:
+def relative_errors(kind: str, precision: str, compute: Callable[..., Result] = ours) -> dict[str, float]:
     x, y = features(kind, 256, 256, 512)
     exact = truth(x, y, 14.3)
     torch.set_float32_matmul_precision(precision)
-    got = ours(x, y, 14.3, backend="cpu")
+    got = compute(x, y, 14.3)
     values = {name: getattr(exact, name) for name in ("loss", "dx", "dy", "dscale")}
     return {name: error(getattr(got, name), value) / value.abs().max().item() for name, value in values.items()}
 
@@ -62,11 +62,14 @@ def relative_errors(kind: str, precision: str) -> dict[str, float]:
 @pytest.mark.usefixtures("_matmul_precision")
 @pytest.mark.parametrize("instruction_set", AVAILABLE)
 def test_matmul_precision(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mode "high" keeps 16 bits of each factor, which on trained pairs is float32's own error; "medium" keeps 8."""
+    """The mode "high" keeps 16 bits of each factor or more, "medium" 8.
+
+    On trained pairs 16 bits do less harm than what the dense formula in real float32 loses to cancellation.
+    """
     monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, instruction_set)
-    trained, highest = (relative_errors("trained", precision) for precision in ("high", "highest"))
-    for name, value in trained.items():
-        assert value <= 4 * highest[name] + 2**-23, name
+    dense = relative_errors("trained", "highest", same_dtype)
+    for name, value in relative_errors("trained", "high").items():
+        assert value <= dense[name] + 2**-23, name
     for name, value in relative_errors("random", "high").items():
         assert value <= 2**-16, name
     for name, value in relative_errors("random", "medium").items():
