@@ -139,6 +139,15 @@ def distance(value: Tensor, exact: Tensor) -> float:
     return (value.double() - exact.double()).norm().item()
 
 
+def test_a_loss_without_horovod() -> None:
+    """open_clip 4 has dropped the option, and the attribute with it."""
+    loss, inputs = open_clip.ClipLoss(), (*features("trained", 9, 9, 6), 14.3)
+    expected = loss(*inputs)
+    del loss.use_horovod
+    integration.patch()
+    assert error(loss(*inputs), expected) <= 1e-6
+
+
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 @pytest.mark.parametrize("kind", ["random", "trained", "unnormalized"])
 def test_patched_loss_is_clipfasts(kind: str, scale: float, backend: str) -> None:

@@ -1,9 +1,9 @@
 """open_clip's contrastive loss computed by clipfast: `patch()` before training, nothing else changes.
 
 `patch` replaces one method, `open_clip.loss.ClipLoss.forward`, and leaves the class where it is. So it reaches every
-name under which the class was imported, `open_clip.create_loss`, losses that exist already, and CoCaLoss, which
-inherits the method. SigLipLoss and DistillClipLoss have a forward of their own and stay as they are; `get_logits` stays
-too, and whoever calls it still gets n*n logits.
+name under which the class was imported, `open_clip.create_loss`, the tasks of open_clip 4, losses that exist already,
+and CoCaLoss, which inherits the method. SigLipLoss and DistillClipLoss have a forward of their own and stay as they
+are; `get_logits` stays too, and whoever calls it still gets n*n logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clipfast.modules import ContrastiveLoss
 
 OPEN_CLIP_FORWARD = ClipLoss.forward
 
-# What each ClipLoss was constructed with, and ContrastiveLoss takes under the same names.
+# What a ClipLoss was constructed with and ContrastiveLoss takes under the same names; open_clip 4 has no use_horovod.
 CONSTRUCTOR = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size", "use_horovod")
 
 
@@ -73,7 +73,7 @@ def _forward(options: dict[str, Any]) -> Callable[..., Any]:
         arguments = image_features, text_features, logit_scale, logit_bias, output_dict
         if _has_logits_of_its_own(type(self)):
             return OPEN_CLIP_FORWARD(self, *arguments)  # type: ignore[no-any-return]
-        loss = ContrastiveLoss(**{name: getattr(self, name) for name in CONSTRUCTOR}, **options)
+        loss = ContrastiveLoss(**{name: getattr(self, name) for name in CONSTRUCTOR if hasattr(self, name)}, **options)
         return loss.forward(*arguments)
 
     return forward
