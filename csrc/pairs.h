@@ -2,11 +2,11 @@
 // products in the compute type. Included once per instruction set, all of which have AVX-512 with bfloat16.
 //
 // kParts = 1: features and G are rounded to bfloat16 (a bfloat16 feature is itself). kParts = 2: a float32 is the sum of
-// two bfloat16, high + low, and a product is high high + high low + low high; low low is below float32's rounding.
+// two bfloat16, high + low, up to 2^-17 of it, and a product is high high + high low + low high; low low is as small.
 //
 // A left operand has its pairs along the row, in runs of 16 or more, so that a matrix unit can load 16 rows by 16 pairs;
-// a right operand is [pair][column]. Both are padded with zeros to whole runs. A logit costs one place in memory, 32 bits,
-// as a group in float32 and then in G twice, in rows and in columns, 16 bits each.
+// a right operand is [pair][column]. Both are padded with zeros to whole runs. A chunk holds G twice, its pairs along the
+// rows and along the columns: as many bytes as once in float32.
 #pragma once
 
 #include "tiles.h"
