@@ -1,34 +1,60 @@
-// The functions that an instruction set's file offers: a kernel for the block's dtype, then its method.
+// The functions that an instruction set's file offers: a kernel for the block's dtype, then one of its passes.
 // Included once per instruction set, like tile_loop.h.
 #pragma once
 
+#include "softmax.h"
 #include "tile_loop.h"
 
 namespace clipfast {
 namespace {
 
+// The passes of the kernels that Choice chooses: Choice::with_kernel(&Kernels::pass, visit, block, execution, arguments...)
+// calls visit(kernel), or has another instruction set's `pass` do it.
+template <class Choice>
+struct Passes {
+    static void forward(const Block& block, const Execution& execution, const Statistics& out) {
+        Choice::with_kernel(
+            &Kernels::forward,
+            [&](auto&& kernel) {
+                SoftmaxStatistics statistics(kernel.chunks(), out);
+                kernel.scan(statistics);
+            },
+            block, execution, out);
+    }
+
+    static double backward(const Block& block, const Execution& execution, const Weights& in, const Gradients& out) {
+        return Choice::with_kernel(
+            &Kernels::backward,
+            [&](auto&& kernel) {
+                SoftmaxGradient gradient(kernel.chunks(), kernel.logits(), in);
+                return kernel.differentiate(gradient, out);
+            },
+            block, execution, in, out);
+    }
+
+    static index_t workspace_bytes(const Block& block, const Execution& execution) {
+        return Choice::with_kernel(
+            &Kernels::workspace_bytes,
+            [](auto&& kernel) {
+                SoftmaxStatistics statistics(kernel.chunks(), {});
+                SoftmaxGradient gradient(kernel.chunks(), kernel.logits(), {});
+                return std::max(kernel.scan_bytes(statistics), kernel.differentiate_bytes(gradient));
+            },
+            block, execution);
+    }
+};
+
 template <class Isa>
 struct Entry {
-    template <class Visit>
-    static auto with_kernel(const Block& block, int threads, const Visit& visit) {
+    template <class Pass, class Visit, class... Arguments>
+    static auto with_kernel(Pass, const Visit& visit, const Block& block, const Execution& execution,
+                            const Arguments&...) {
         switch (block.dtype) {
-            case DType::float64: return visit(Kernel<Tile<Isa, double>, double>(block, threads));
-            case DType::bfloat16: return visit(Kernel<Tile<Isa, float>, bfloat16>(block, threads));
-            case DType::float16: return visit(Kernel<Tile<Isa, float>, float16>(block, threads));
-            default: return visit(Kernel<Tile<Isa, float>, float>(block, threads));
+            case DType::float64: return visit(Kernel<Tile<Isa, double>, double>(block, execution));
+            case DType::bfloat16: return visit(Kernel<Tile<Isa, float>, bfloat16>(block, execution));
+            case DType::float16: return visit(Kernel<Tile<Isa, float>, float16>(block, execution));
+            default: return visit(Kernel<Tile<Isa, float>, float>(block, execution));
         }
-    }
-
-    static void forward(const Block& block, const Statistics& out, int threads) {
-        with_kernel(block, threads, [&](auto&& kernel) { kernel.forward(out); });
-    }
-
-    static double backward(const Block& block, const Weights& in, const Gradients& out, int threads) {
-        return with_kernel(block, threads, [&](auto&& kernel) { return kernel.backward(in, out); });
-    }
-
-    static index_t workspace_bytes(const Block& block, int threads) {
-        return with_kernel(block, threads, [](auto&& kernel) { return kernel.workspace_bytes(); });
     }
 
     template <class T>
@@ -46,7 +72,8 @@ struct Entry {
     }
 
     static constexpr Kernels kernels(const char* name, bool (*available)()) {
-        return {name, available, forward, backward, workspace_bytes, exp2_all};
+        return {name, available, Passes<Entry>::forward, Passes<Entry>::backward,
+                Passes<Entry>::workspace_bytes, exp2_all};
     }
 };
 

@@ -4,15 +4,16 @@
 #include <vector>
 
 #include "block.h"
+#include "parallel.h"
 
 namespace clipfast {
 
 struct Kernels {
     const char* name;
     bool (*available)();  // on this processor
-    void (*forward)(const Block& block, const Statistics& out, int threads);
-    double (*backward)(const Block& block, const Weights& in, const Gradients& out, int threads);  // returns dscale
-    index_t (*workspace_bytes)(const Block& block, int threads);
+    void (*forward)(const Block&, const Execution&, const Statistics& out);
+    double (*backward)(const Block&, const Execution&, const Weights& in, const Gradients& out);  // returns dscale
+    index_t (*workspace_bytes)(const Block&, const Execution&);  // what a pass holds at most, apart from its outputs
     void (*exp2)(DType dtype, const void* x, void* out, index_t count);  // for tests: float32 or float64
 };
 
