@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from clipfast import tuning
+from clipfast.block import Block, Weights
 from clipfast.tuning import Config, Device
 
 # One multiprocessor's shared memory that a program can have (CUDA C++ programming guide, table of compute capabilities;
@@ -118,20 +119,16 @@ def compile_case(case: Case) -> Compiled:
 
     config, device = case.config, DEVICES[case.config.architecture]
     x, y = (torch.zeros(ROWS, case.d, dtype=case.dtype) for _ in range(2))
-    scale, bias = torch.ones(()), torch.zeros(())
     factor = torch.ones(ROWS) if case.factors else None
     vector = torch.zeros(ROWS, dtype=torch.float64)
+    block = Block(x, y, torch.ones(()), torch.zeros(()), 0, factor, factor)
     with _offline(device) as kernels, mock.patch.object(tuning, "describe", return_value=device):
         if config.kernel == "statistics":
-            launch.forward(x, y, scale, bias, 0, factor, factor, config=config, precision=case.precision)
+            launch.forward(block, config=config, precision=case.precision)
         else:
             strategy = "chunks" if config.kernel == "gradient" else "registers"
-            statistics: dict[str, Any] = dict.fromkeys(("row_lse", "col_lse"), vector)
-            weights: dict[str, Any] = dict.fromkeys(("row_weight", "col_weight", "positive_weight"), vector)
             options: dict[str, Any] = {"config": config, "precision": case.precision, "strategy": strategy}
-            launch.backward(
-                x, y, scale, bias, **statistics, **weights, diag_offset=0, x_factor=factor, y_factor=factor, **options
-            )
+            launch.backward(block, Weights(*[vector] * 5), **options)
     kernel = kernels[f"{config.kernel}_kernel"]
     resources = _amd_resources if device.architecture.startswith("gfx") else _nvidia_resources
     registers, stack, assembly = resources(kernel)

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from clipfast import tuning
+from clipfast.block import Block, Weights
 from clipfast.tuning import KERNELS, Config, Device
 
 N, WIDTH = 16384, 768
@@ -76,18 +77,18 @@ def steps(kernel: str, dtype: torch.dtype, device: torch.device) -> Callable[[Co
     from clipfast.kernels import launch
 
     x, y = (normalize(torch.randn(N, WIDTH, device=device), dim=1).to(dtype) for _ in range(2))
-    scale, bias = torch.tensor(14.3, device=device), torch.zeros((), device=device)
+    block = Block(x, y, torch.tensor(14.3, device=device), torch.zeros((), device=device))
     precision = "tf32" if dtype == torch.float32 else "ieee"
     if kernel == "statistics":
-        return lambda config: launch.forward(x, y, scale, bias, 0, config=config, precision=precision)
-    row_lse, col_lse, _ = launch.forward(x, y, scale, bias, 0, precision=precision)
+        return lambda config: launch.forward(block, config=config, precision=precision)
+    row_lse, col_lse, *_ = launch.forward(block, precision=precision)
     weight = torch.full_like(row_lse, 1 / (2 * N))
-    weights: dict[str, Any] = {"row_weight": weight, "col_weight": weight, "positive_weight": -2 * weight}
+    weights = Weights(row_lse, weight, col_lse, weight, -2 * weight)
     strategy = "chunks" if kernel == "gradient" else "registers"
 
     def backward(config: Config) -> object:
         options: dict[str, Any] = {"config": config, "precision": precision, "strategy": strategy}
-        return launch.backward(x, y, scale, bias, row_lse, col_lse, **weights, diag_offset=0, **options)
+        return launch.backward(block, weights, **options)
 
     return backward
 

@@ -106,7 +106,9 @@ def _loss(
     if not isinstance(backend, str):
         raise TypeError(f"backend: got {_name(backend)}; accepted is a name from clipfast.backends()")
     backend = dispatch.select(Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device), backend)
-    return autograd.loss(x, y, scale, bias, normalize, label_smoothing, backend, symmetric)
+    direction = "both" if symmetric else "image_to_text"
+    options = normalize, label_smoothing, direction, "mean", "ignore", False, backend
+    return autograd.loss(x, y, scale, bias, None, None, *options)[0]
 
 
 def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

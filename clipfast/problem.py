@@ -12,6 +12,8 @@ MIN_NORM = 1e-12  # of a row that is normalized; the floor of torch.nn.functiona
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES, torch.float64)
 
+NEEDS = (IDS, RANKS, SIGMOID, DISTILLATION) = ("ids", "ranks", "sigmoid", "distillation")
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of every sum, statistic and logit: float64 for float64 inputs, float32 for all others."""
@@ -28,13 +30,17 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Problem:
-    """One block of logits: x [n, d] against y [m, d], both of `dtype` on `device`."""
+    """One block of logits: x [n, d] against y [m, d], both of `dtype` on `device`, and what is wanted beyond softmaxes.
+
+    `needs` holds some of NEEDS: "ids", "ranks" (metrics), "sigmoid" (SigLIP), "distillation".
+    """
 
     n: int
     m: int
     d: int
     dtype: torch.dtype
     device: torch.device
+    needs: frozenset[str] = frozenset()
 
     @property
     def input_bytes(self) -> int:

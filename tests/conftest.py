@@ -33,9 +33,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if not cpu.instruction_sets()[instruction_set]:
             pytest.skip(f"this processor has no {instruction_set}")
         monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, instruction_set)
+    marker = request.node.get_closest_marker("needs")
     dtypes = [value for value in request.node.callspec.params.values() if isinstance(value, torch.dtype)]
     for dtype in dtypes or [torch.float32]:
-        if reasons := reasons_against(name, dtype):
+        if reasons := reasons_against(name, dtype, *(marker.args if marker else ())):
             pytest.skip("; ".join(reasons))
     return str(name)
 

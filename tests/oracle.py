@@ -92,9 +92,10 @@ def ours(
     return evaluate(loss_fn, x, y, scale, bias, scalar_dtype=scalar_dtype, **options)
 
 
-def reasons_against(backend: str, dtype: torch.dtype, device: str = "cpu") -> tuple[str, ...]:
+def reasons_against(backend: str, dtype: torch.dtype, *needs: str, device: str = "cpu") -> tuple[str, ...]:
     """The backend's own reasons not to run on tensors of this dtype."""
-    reasons: tuple[str, ...] = dispatch.get(backend).unsupported_reasons(Problem(1, 1, 1, dtype, torch.device(device)))
+    problem = Problem(1, 1, 1, dtype, torch.device(device), frozenset(needs))
+    reasons: tuple[str, ...] = dispatch.get(backend).unsupported_reasons(problem)
     return reasons
 
 

@@ -14,11 +14,13 @@ PACKAGE = Path(clipfast.__file__).parent
 # Each layer may import the layers below it, never one above or beside it.
 LAYERS = (
     {"problem", "reference", "tuning", "_cpu"},
-    {"kernels", "kernels.tiles", "norms"},
+    {"kernels", "kernels.tiles", "norms", "block"},
+    {"logit_sums"},
     {"kernels.statistics", "kernels.gradient", "kernels.vectors"},
     {"kernels.launch"},
     {"backends", "backends.torch", "backends.cpu", "backends.triton"},
-    {"dispatch"},
+    {"dispatch", "cross_entropy"},
+    {"softmax"},
     {"autograd"},
     {"functional"},
     {"modules", "metrics"},

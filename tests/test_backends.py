@@ -7,7 +7,8 @@ import torch
 from oracle import error, features, truth
 from torch import Tensor
 
-from clipfast import autograd, dispatch
+from clipfast import cross_entropy, dispatch
+from clipfast.block import Block, Statistics, Weights
 from clipfast.problem import positive_rows, statistics_dtype
 
 N, M, D = 130, 157, 24
@@ -30,25 +31,27 @@ def test_blocks_merge_to_the_whole(backend: str, scale: float, dtype: torch.dtyp
     row_lse, col_lse = (torch.full((size,), -torch.inf, dtype=torch.float64) for size in (N, M))
     positive = torch.zeros(N, dtype=torch.float64)
     for rows, cols, diag_offset in blocks:
-        row, col, own = chosen.forward(x[rows], y[cols], s, b, diag_offset)
+        row, col, own, *_ = chosen.forward(Block(x[rows], y[cols], s, b, diag_offset))
         row_lse[rows] = row_lse[rows].logaddexp(row)
         col_lse[cols] = col_lse[cols].logaddexp(col)
         positive[rows] += own
 
-    weights = autograd.symmetric_cross_entropy_weights(row_lse, col_lse, positive, torch.ones(()))
+    statistics = Statistics(row_lse, col_lse, positive)
+    weights = cross_entropy.symmetric_cross_entropy_weights(statistics, torch.ones(()))
     dx, dy = torch.zeros(N, D), torch.zeros(M, D)
     dscale = torch.zeros(())
     for rows, cols, diag_offset in blocks:
-        block_weights = (weights[0][rows], weights[1][cols], weights[2][rows])
-        gradients = chosen.backward(x[rows], y[cols], s, b, row_lse[rows], col_lse[cols], *block_weights, diag_offset)
-        dx[rows] += gradients[0]
-        dy[cols] += gradients[1]
-        dscale += gradients[2]
+        of_rows, of_cols = (weights.row_lse, weights.row_weight), (weights.col_lse, weights.col_weight)
+        of_block = Weights(*(t[rows] for t in of_rows), *(t[cols] for t in of_cols), weights.positive_weight[rows])
+        gradients = chosen.backward(Block(x[rows], y[cols], s, b, diag_offset), of_block, torch.float32)
+        dx[rows] += gradients.dx
+        dy[cols] += gradients.dy
+        dscale += gradients.dscale
 
     exact = truth(x, y, scale, bias=0.25)
     largest_logit = scale * x.double().norm(dim=1).max() * y.double().norm(dim=1).max()
     tolerance = torch.finfo(torch.float32).eps * (largest_logit + N**0.5) + 2 * torch.finfo(dtype).eps
-    assert error(autograd.symmetric_cross_entropy(row_lse, col_lse, positive), exact.loss) <= 1e-5 * exact.loss
+    assert error(cross_entropy.symmetric_cross_entropy(statistics), exact.loss) <= 1e-5 * exact.loss
     for got, expected in ((dx, exact.dx), (dy, exact.dy), (dscale, exact.dscale)):
         assert error(got, expected) <= tolerance * expected.abs().max()
 
@@ -59,7 +62,7 @@ def test_statistics_of_a_block(backend: str, diag_offset: int) -> None:
     n, m = 30, 27
     y, x = features("unnormalized", m, n, D)
     s, b = scalars(14.3)
-    row_lse, col_lse, positive = dispatch.get(backend).forward(x, y, s, b, diag_offset)
+    row_lse, col_lse, positive, *_ = dispatch.get(backend).forward(Block(x, y, s, b, diag_offset))
     logits = s.double() * x.double() @ y.double().T + b
     is_positive = torch.arange(m) == torch.arange(n)[:, None] + diag_offset
     first, last = positive_rows(n, m, diag_offset)
@@ -76,7 +79,7 @@ def test_statistics_of_a_block(backend: str, diag_offset: int) -> None:
 
 def test_a_block_of_positives_only_has_no_negatives(backend: str) -> None:
     x, y = features("random", 1, 1, D)
-    row_lse, col_lse, positive = dispatch.get(backend).forward(x, y, *scalars(14.3), 0)
+    row_lse, col_lse, positive, *_ = dispatch.get(backend).forward(Block(x, y, *scalars(14.3)))
     assert (row_lse.item(), col_lse.item()) == (-torch.inf, -torch.inf)
     assert positive.isfinite()
 
@@ -85,7 +88,7 @@ def test_chunked_and_whole_statistics_agree(backend: str) -> None:
     """More rows than any backend takes at a time."""
     x, y = features("trained", 3000, 3000, 4)
     s, b = scalars(100.0)
-    row_lse, col_lse, _ = dispatch.get(backend).forward(x, y, s, b, 0)
+    row_lse, col_lse, *_ = dispatch.get(backend).forward(Block(x, y, s, b))
     logits = s.double() * x.double() @ y.double().T + b
     logits.fill_diagonal_(-torch.inf)
     torch.testing.assert_close(row_lse, logits.logsumexp(dim=1), rtol=1e-6, atol=1e-5)

@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Every backend in turn; one that cannot run the test's dtypes on the GPU is skipped with its own reason."""
     dtypes = [value for value in request.node.callspec.params.values() if isinstance(value, torch.dtype)]
     for dtype in dtypes or [torch.float32]:
-        if reasons := reasons_against(request.param, dtype, "cuda"):
+        if reasons := reasons_against(request.param, dtype, device="cuda"):
             pytest.skip("; ".join(reasons))
     return str(request.param)
 

@@ -90,7 +90,8 @@ def test_projection_head_is_the_paper() -> None:
 def test_opcheck(backend: str, test: str, normalize: bool, dtype: torch.dtype) -> None:
     x, y = (t.requires_grad_() for t in features("trained", 5, 7, 4, dtype))
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.5))
-    torch.library.opcheck(autograd.contrastive_loss, (x, y, scale, bias, normalize, 0.1, backend), test_utils=test)
+    arguments = (x, y, scale, bias, None, None, normalize, 0.1, "both", "mean", "ignore", False, backend)
+    torch.library.opcheck(autograd.contrastive_loss, arguments, test_utils=test)
 
 
 def test_compiles_as_one_graph_with_a_dynamic_batch(backend: str) -> None:

@@ -89,7 +89,7 @@ def test_not_finite_input_comes_out_as_in_the_dense_formula(backend: str, place:
 def test_opcheck(backend: str, test: str) -> None:
     x, y = (t.requires_grad_() for t in features("trained", 5, 7, 4))
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.5))
-    arguments = (x, y, scale, bias, True, 0.1, backend, False)
+    arguments = (x, y, scale, bias, None, None, True, 0.1, "image_to_text", "mean", "ignore", False, backend)
     torch.library.opcheck(autograd.contrastive_loss, arguments, test_utils=test)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import clipfast
 from clipfast import dispatch, reference, tuning
+from clipfast.block import Block, Weights
 from clipfast.norms import l2_normalize
 from clipfast.problem import Problem
 
@@ -37,7 +38,7 @@ BACKWARD = {"chunks": GRADIENT, "registers": ACCUMULATE}
 
 
 @dataclass
-class Block:
+class Case:
     """A block of logits with what its backward pass is given, and the contract's results in float64."""
 
     x: Tensor  # [n, d]
@@ -78,17 +79,15 @@ class Block:
         return EPS * (2 * products.item() + self.bias.abs().item() + max(self.logits.shape) ** 0.5 + 4)
 
     def forward(self, **options: object) -> tuple[Tensor, ...]:
-        return launch.forward(
-            self.x, self.y, self.scale, self.bias, self.diag_offset, self.x_factor, self.y_factor, **options
-        )
+        return launch.forward(self.block, **options)
 
     def backward(self, **options: object) -> tuple[Tensor, ...]:
-        weights = (self.row_weight, self.col_weight, self.positive_weight)
-        return launch.backward(
-            *(self.x, self.y, self.scale, self.bias, self.row_lse, self.col_lse, *weights),
-            *(self.diag_offset, self.x_factor, self.y_factor),
-            **options,
-        )
+        weights = Weights(self.row_lse, self.row_weight, self.col_lse, self.col_weight, self.positive_weight)
+        return launch.backward(self.block, weights, **options)
+
+    @property
+    def block(self) -> Block:
+        return Block(self.x, self.y, self.scale, self.bias, self.diag_offset, self.x_factor, self.y_factor)
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """G, and the sum of the absolute values of its terms."""
@@ -99,7 +98,7 @@ class Block:
         return gradient, size
 
     def check_forward(self, **options: object) -> None:
-        row_lse, col_lse, positive = self.forward(**options)
+        row_lse, col_lse, positive, *_ = self.forward(**options)
         for got, exact in ((row_lse, self.row_lse), (col_lse, self.col_lse), (positive, self.positive)):
             assert got.dtype == torch.float64
             torch.testing.assert_close(got, exact, rtol=0, atol=self.rounding)
@@ -132,10 +131,10 @@ class Block:
 
 def block(
     n: int, m: int, d: int, dtype: torch.dtype, scale: float = 14.3, diag_offset: int = 0, kind: str = "unnormalized"
-) -> Block:
+) -> Case:
     y, x = features(kind, max(n, m), max(n, m), d, dtype)
     scalars = (torch.tensor(value, device=DEVICE) for value in (scale, 0.25))
-    return Block(x[:n].to(DEVICE), y[:m].to(DEVICE), *scalars, diag_offset)
+    return Case(x[:n].to(DEVICE), y[:m].to(DEVICE), *scalars, diag_offset)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -182,7 +181,7 @@ def test_scales(scale: float, dtype: torch.dtype) -> None:
 def test_row_factors(scale: float, dtype: torch.dtype) -> None:
     case = block(75, 90, 20, dtype, scale)
     factors = [1 / t.float().norm(dim=1) for t in (case.x, case.y)]
-    case = Block(case.x, case.y, case.scale, case.bias, 5, *factors)
+    case = Case(case.x, case.y, case.scale, case.bias, 5, *factors)
     case.check_forward(config=STATISTICS)
     for strategy, config in BACKWARD.items():
         case.check_backward(config=config, strategy=strategy)
@@ -201,7 +200,7 @@ def strided(tensor: Tensor) -> Iterator[Tensor]:
 def test_strides(dtype: torch.dtype) -> None:
     case = block(75, 90, 21, dtype)
     for x, y in zip(strided(case.x), strided(case.y), strict=True):
-        view = Block(x, y, case.scale, case.bias, 3)
+        view = Case(x, y, case.scale, case.bias, 3)
         view.check_forward(config=STATISTICS)
         for strategy, config in BACKWARD.items():
             view.check_backward(config=config, strategy=strategy)
@@ -224,7 +223,7 @@ def test_float16_gradient_of_a_huge_batch(strategy: str) -> None:
     """Weights of 1e-10, times a softmax over 90 columns, lie far below float16's range; the gradients do not."""
     small = block(75, 90, 20, torch.float16)
     x, y = small.x / 2**11, small.y * 2**11
-    case = Block(x, y, small.scale, small.bias, 0, magnitude=1e-10)
+    case = Case(x, y, small.scale, small.bias, 0, magnitude=1e-10)
     dx = case.backward(config=BACKWARD[strategy], strategy=strategy)[0]
     gradient, _ = case.parts()
     exact = case.scale * gradient @ y.double()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clipfast.block import Block, Gradients, Matches, Statistics, Weights
 from clipfast.problem import Problem
 
 try:
@@ -60,6 +61,7 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
         instruction_set()
     if problem.device.type != "cpu":
         reasons.append(f"runs on CPU tensors only, the inputs are on {problem.device}")
+    reasons += [f"has no {need} yet" for need in sorted(problem.needs)]
     return tuple(reasons)
 
 
@@ -83,44 +85,27 @@ def workspace_bytes(problem: Problem) -> int:
     )
 
 
-def forward(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    diag_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, col_lse, positive = (torch.empty(t.shape[0], dtype=torch.float64) for t in (x, y, x))
+def forward(block: Block, matches: Matches | None = None) -> Statistics:
+    row_lse, col_lse, positive = (
+        torch.empty(size, dtype=torch.float64, device="cpu") for size in (block.n, block.m, block.n)
+    )
     _cpu.forward(
         instruction_set(),
-        _block(x, y, scale, bias, diag_offset),
+        _block(block),
         row_lse.data_ptr(),
         col_lse.data_ptr(),
         positive.data_ptr(),
         torch.get_num_threads(),
     )
-    return row_lse, col_lse, positive
+    return Statistics(row_lse, col_lse, positive)
 
 
-def backward(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    row_lse: Tensor,  # [n]
-    col_lse: Tensor,  # [m]
-    row_weight: Tensor,  # [n]
-    col_weight: Tensor,  # [m]
-    positive_weight: Tensor,  # [n]
-    diag_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, col_lse, row_weight, col_weight, positive_weight = (
-        t.contiguous() for t in (row_lse, col_lse, row_weight, col_weight, positive_weight)
-    )
-    dx, dy = x.new_empty(x.shape), y.new_empty(y.shape)
+def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
+    row_lse, row_weight, col_lse, col_weight, positive_weight = (t.contiguous() for t in weights[:5])
+    dx, dy = block.x.new_empty(block.x.shape), block.y.new_empty(block.y.shape)
     dscale = _cpu.backward(
         instruction_set(),
-        _block(x, y, scale, bias, diag_offset),
+        _block(block),
         row_lse.data_ptr(),
         row_weight.data_ptr(),
         col_lse.data_ptr(),
@@ -130,21 +115,18 @@ def backward(
         dy.data_ptr(),
         torch.get_num_threads(),
     )
-    return dx, dy, scale.new_full((), dscale)
+    return Gradients(dx.to(dtype), dy.to(dtype), block.scale.new_full((), dscale))
 
 
-def symmetric_cross_entropy(row_lse: Tensor, col_lse: Tensor, positive: Tensor) -> Tensor:  # [n], [m], [n] -> []
+def symmetric_cross_entropy(statistics: Statistics) -> Tensor:  # []
+    row_lse, col_lse, positive, *_ = statistics
     loss = _cpu.symmetric_cross_entropy(row_lse.data_ptr(), col_lse.data_ptr(), positive.data_ptr(), positive.shape[0])
     return row_lse.new_full((), loss)
 
 
-def symmetric_cross_entropy_weights(
-    row_lse: Tensor,  # [n]
-    col_lse: Tensor,  # [m]
-    positive: Tensor,  # [n]
-    gradient: Tensor,  # []
-) -> tuple[Tensor, Tensor, Tensor]:  # [n], [m], [n]
-    weights = torch.empty_like(row_lse), torch.empty_like(col_lse), torch.empty_like(positive)
+def symmetric_cross_entropy_weights(statistics: Statistics, gradient: Tensor) -> Weights:
+    row_lse, col_lse, positive, *_ = statistics
+    row_weight, col_weight, positive_weight = (torch.empty_like(t) for t in (row_lse, col_lse, positive))
     _cpu.symmetric_cross_entropy_weights(
         row_lse.data_ptr(),
         col_lse.data_ptr(),
@@ -152,30 +134,31 @@ def symmetric_cross_entropy_weights(
         row_lse.shape[0],
         col_lse.shape[0],
         gradient.item(),
-        *(weight.data_ptr() for weight in weights),
+        row_weight.data_ptr(),
+        col_weight.data_ptr(),
+        positive_weight.data_ptr(),
     )
-    return weights
+    return Weights(row_lse, row_weight, col_lse, col_weight, positive_weight)
 
 
-def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, diag_offset: int) -> _cpu.Block:
-    n, d = x.shape
-    x_row_stride, x_col_stride = x.stride()
-    y_row_stride, y_col_stride = y.stride()
+def _block(block: Block) -> _cpu.Block:
+    x_row_stride, x_col_stride = block.x.stride()
+    y_row_stride, y_col_stride = block.y.stride()
     return _cpu.Block(
-        dtype=_name(x.dtype),
-        product=_product(x.dtype),
-        n=n,
-        m=y.shape[0],
-        d=d,
-        x=x.data_ptr(),
+        dtype=_name(block.x.dtype),
+        product=_product(block.x.dtype),
+        n=block.n,
+        m=block.m,
+        d=block.d,
+        x=block.x.data_ptr(),
         x_row_stride=x_row_stride,
         x_col_stride=x_col_stride,
-        y=y.data_ptr(),
+        y=block.y.data_ptr(),
         y_row_stride=y_row_stride,
         y_col_stride=y_col_stride,
-        scale=scale.item(),
-        bias=bias.item(),
-        diag_offset=diag_offset,
+        scale=block.scale.item(),
+        bias=block.bias.item(),
+        diag_offset=block.diag_offset,
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidPass, Statistics, Weights
 from clipfast.problem import (
     HALF_DTYPES,
     Problem,
@@ -19,6 +22,8 @@ from clipfast.problem import (
 NAME = "torch"
 
 CHUNK_BYTES = 16 << 20  # of logits; about two such chunks are alive at a time
+
+FLOAT16_UNIT = 2.0**-14  # a sigmoid in this unit stays clear of float16's subnormal numbers
 
 
 def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
@@ -41,74 +46,224 @@ def workspace_bytes(problem: Problem) -> int:
     return chunks + converted + gradients
 
 
-def forward(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    diag_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, m = len(x), len(y)
-    statistics = statistics_dtype(x.device)
-    row_lse = scale.new_empty(n, dtype=statistics)
-    positive = scale.new_zeros(n, dtype=statistics)
+def forward(block: Block, matches: Matches | None = None) -> Statistics:
+    block = _with_operands(block)
+    statistics = statistics_dtype(block.x.device)
+    row_lse = block.scale.new_empty(block.n, dtype=statistics)
+    positive = block.scale.new_zeros(block.n, dtype=statistics)
     # The columns' running sum of exp(L - shift).
-    col_shift = scale.new_full((m,), torch.finfo(scale.dtype).min)
-    col_sum = scale.new_zeros(m)
-    y = y.to(_operand_dtype(x))
-    for rows in _chunks(n, m, scale.dtype.itemsize):
-        logits = _product(x[rows].to(y.dtype), y.T).mul_(scale).add_(bias)
-        own, diagonal = _positives(logits, diag_offset + rows.start)
-        positive[rows][own] = diagonal.to(statistics)
+    col_shift = block.scale.new_full((block.m,), torch.finfo(block.scale.dtype).min)
+    col_sum = block.scale.new_zeros(block.m)
+    row_above, col_above = (block.x.new_zeros(size, dtype=torch.int32) for size in (block.n, block.m))
+    for part, rows in _chunks(block):
+        logits, same = _logits(rows), _same(rows)
+        own, diagonal = _positives(logits, rows.diag_offset)
+        positive[part][own] = diagonal.to(statistics)
+        if matches is not None:
+            _count_above(logits, same, rows.diag_offset, matches, part, row_above, col_above)
         diagonal.fill_(-torch.inf)
+        if same is not None and block.ignores:
+            logits.masked_fill_(same, -torch.inf)
         row_shift = _finite(logits.amax(dim=1))
         row_sum = torch.sub(logits, row_shift[:, None]).exp_().sum(dim=1)
-        row_lse[rows] = row_shift.to(statistics) + row_sum.to(statistics).log()
+        row_lse[part] = row_shift.to(statistics) + row_sum.to(statistics).log()
         shift = torch.maximum(col_shift, _finite(logits.amax(dim=0)))
         col_sum = col_sum * (col_shift - shift).exp_() + logits.sub_(shift).exp_().sum(dim=0)
         col_shift = shift
-    return row_lse, col_shift.to(statistics) + col_sum.to(statistics).log(), positive
+    col_lse = col_shift.to(statistics) + col_sum.to(statistics).log()
+    above = (None, None) if matches is None else (row_above, col_above)
+    return Statistics(row_lse, col_lse, positive, *above)
 
 
-def backward(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    row_lse: Tensor,  # [n]
-    col_lse: Tensor,  # [m]
-    row_weight: Tensor,  # [n]
-    col_weight: Tensor,  # [m]
-    positive_weight: Tensor,  # [n]
-    diag_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, m = len(x), len(y)
-    row_lse, row_weight = round_statistics(row_lse, row_weight, scale.dtype)
-    col_lse, col_weight = round_statistics(col_lse, col_weight, scale.dtype)
-    positive_weight = positive_weight.to(scale.dtype)
+def matches(block: Block) -> Matches:
+    """In the logits' own unit, by the products of `forward`: one of another shape may round otherwise."""
+    block = _with_operands(block)
+    rows_best = block.scale.new_full((block.n,), -torch.inf)
+    cols_best = block.scale.new_full((block.m,), -torch.inf)
+    for part, rows in _chunks(block):
+        logits, same = _logits(rows), _same(rows)
+        others = torch.ones_like(logits, dtype=torch.bool) if same is None else ~same
+        _, diagonal = _positives(others, rows.diag_offset)
+        diagonal.fill_(False)
+        logits.masked_fill_(others, -torch.inf)
+        rows_best[part] = logits.amax(dim=1)
+        cols_best = torch.maximum(cols_best, logits.amax(dim=0))
+    dtype = statistics_dtype(block.x.device)
+    return Matches(rows_best.to(dtype), cols_best.to(dtype))
+
+
+def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
+    block, accumulator = _with_operands(block), block.scale.dtype
     # G is kept near 1 by taking its largest weight out: in half precision P/n would underflow (design: float16).
-    weights = torch.cat([row_weight, col_weight, positive_weight]).abs()
-    unit = torch.where(weights.isfinite(), weights, 0).amax()
-    unit = torch.where(unit == 0, 1, unit)
-    row_weight, col_weight, positive_weight = (w / unit for w in (row_weight, col_weight, positive_weight))
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dy = scale.new_zeros(y.shape)
-    row_dot = scale.new_empty(n)
-    y = y.to(_operand_dtype(x))
-    for rows in _chunks(n, m, scale.dtype.itemsize):
-        x_rows = x[rows].to(y.dtype)
-        logits = _product(x_rows, y.T).mul_(scale).add_(bias)
-        gradient = torch.sub(logits, row_lse[rows, None]).exp_().mul_(row_weight[rows, None])
-        gradient += logits.sub_(col_lse).exp_().mul_(col_weight)
-        own, diagonal = _positives(gradient, diag_offset + rows.start)
-        diagonal.copy_(positive_weight[rows][own])
-        gradient = gradient.to(y.dtype)
-        gradient_y = _product(gradient, y)
-        row_dot[rows] = (gradient_y * x_rows).sum(dim=1)
-        dx[rows] = gradient_y.mul_(scale * unit)
-        _accumulate_product(dy, gradient.T, x_rows)
-        del logits, gradient, diagonal  # or the next two chunks would stand beside one of these
-    return dx, dy.mul_(scale * unit).to(x.dtype), row_dot.sum() * unit
+    unit = _largest(weights.row_weight, weights.col_weight, weights.positive_weight, *weights[5:]).to(accumulator)
+    row_lse, row_weight = round_statistics(weights.row_lse, weights.row_weight / unit, accumulator)
+    col_lse, col_weight = round_statistics(weights.col_lse, weights.col_weight / unit, accumulator)
+    positive_weight = (weights.positive_weight / unit).to(accumulator)
+    row_target, col_target = (
+        None if w is None else (w / unit).to(accumulator) for w in (weights.row_target, weights.col_target)
+    )
+    sums = _GradientSums(block, dtype, unit)
+    for part, rows in _chunks(block):
+        logits, same = _logits(rows), _same(rows)
+        g = _exponentials(logits, row_lse[part, None], row_weight[part, None])
+        g += logits.sub_(col_lse).exp_().mul_(col_weight)
+        del logits
+        if same is not None and block.ignores:
+            g.masked_fill_(same, 0)
+        elif same is not None and row_target is not None and col_target is not None:
+            g += torch.where(same, row_target[part, None] + col_target, 0)
+        own, diagonal = _positives(g, rows.diag_offset)
+        diagonal.copy_(positive_weight[part][own])
+        sums.add(part, rows, g)
+        del g, diagonal  # or the next two chunks would stand beside one of these
+    return sums.gradients()
+
+
+def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> SigmoidPass:
+    block = _with_operands(block)
+    # Without gradients nothing is multiplied; in float16 a small sigmoid keeps its digits in a small unit.
+    in_unit = FLOAT16_UNIT if block.y.dtype == torch.float16 else 1.0
+    row_loss = block.scale.new_empty(block.n, dtype=statistics_dtype(block.x.device))
+    dbias = block.scale.new_zeros((), dtype=row_loss.dtype)
+    sums = _GradientSums(block, dtype, block.scale.new_full((), unit * in_unit)) if gradients else None
+    for part, rows in _chunks(block):
+        logits, same = _logits(rows), _same(rows)
+        # As if every pair were a negative: the positives' logits change their sign, and their part of G after that.
+        _, diagonal = _positives(logits, rows.diag_offset)
+        diagonal.neg_()
+        if same is not None and block.adds_positives:
+            logits = torch.where(same, -logits, logits)
+        elif same is not None:
+            logits.masked_fill_(same, -torch.inf)
+        row_loss[part] = logsigmoid(-logits).sum(dim=1, dtype=row_loss.dtype).neg_()
+        if sums is None:
+            continue
+        g = logits.sigmoid_()
+        _, diagonal = _positives(g, rows.diag_offset)
+        diagonal.neg_()
+        if same is not None and block.adds_positives:
+            g = torch.where(same, -g, g)
+        dbias += g.sum(dtype=row_loss.dtype)
+        sums.add(part, rows, g.div_(in_unit))
+        del logits, g, diagonal  # see above
+    if sums is None:
+        return SigmoidPass(row_loss, None, None)
+    return SigmoidPass(row_loss, sums.gradients(), dbias * unit)
+
+
+def distillation(
+    block: Block, weights: Weights, teacher: Block, teacher_weights: Weights, gradients: bool, dtype: torch.dtype
+) -> DistillationPass:
+    block, teacher = _with_operands(block), _with_operands(teacher)
+    statistics = statistics_dtype(block.x.device)
+    row_cross = block.scale.new_empty(block.n, dtype=statistics)
+    col_cross = block.scale.new_zeros(block.m, dtype=statistics)
+    unit = _largest(weights.row_weight, weights.col_weight).to(block.scale.dtype)
+    (row_lse, row_weight), (col_lse, col_weight), (t_row_lse, t_row_weight), (t_col_lse, t_col_weight) = (
+        round_statistics(lse, weight / unit, block.scale.dtype)
+        for of in (weights, teacher_weights)
+        for lse, weight in ((of.row_lse, of.row_weight), (of.col_lse, of.col_weight))
+    )
+    sums = _GradientSums(block, dtype, unit) if gradients else None
+    for part, rows in _chunks(block):
+        logits, of_teacher = _logits(rows), _logits(teacher.rows(part))
+        by_row = _exponentials(of_teacher, t_row_lse[part, None], t_row_weight[part, None])
+        row_cross[part] = (by_row * logits).sum(dim=1, dtype=statistics)
+        by_col = _exponentials(of_teacher, t_col_lse, t_col_weight)
+        col_cross += (by_col * logits).sum(dim=0, dtype=statistics)
+        if sums is None:
+            continue
+        g = _exponentials(logits, row_lse[part, None], row_weight[part, None]) - by_row
+        g += _exponentials(logits, col_lse, col_weight) - by_col
+        sums.add(part, rows, g)
+    return DistillationPass(
+        row_cross * unit / teacher_weights.row_weight,
+        col_cross * unit / teacher_weights.col_weight,
+        None if sums is None else sums.gradients(),
+    )
+
+
+def _largest(*weights: Tensor | None) -> Tensor:  # []
+    """The largest finite |weight|, 1 where all are 0."""
+    largest = torch.cat([w.abs() for w in weights if w is not None])
+    largest = torch.where(largest.isfinite(), largest, 0).amax()
+    return torch.where(largest == 0, 1, largest)
+
+
+class _GradientSums:
+    """dx, dy and dscale of the chunks of G, in units of `unit`, that are added one after the other."""
+
+    def __init__(self, block: Block, dtype: torch.dtype, unit: Tensor) -> None:
+        self.block, self.dtype, self.unit = block, dtype, unit
+        self.dx = block.x.new_empty(block.x.shape, dtype=dtype)
+        self.dy = block.scale.new_zeros(block.y.shape)
+        self.row_dot = block.scale.new_empty(block.n)
+
+    def add(self, part: slice, rows: Block, g: Tensor) -> None:  # [rows, m]
+        g = g.to(rows.y.dtype)
+        g_y = _product(g, rows.y)
+        self.row_dot[part] = (g_y * rows.x).sum(dim=1)
+        self.dx[part] = g_y.mul_(self.block.scale * self.unit)
+        _accumulate_product(self.dy, g.T, rows.x)
+
+    def gradients(self) -> Gradients:
+        dy = self.dy.mul_(self.block.scale * self.unit).to(self.dtype)
+        return Gradients(self.dx, dy, self.row_dot.sum() * self.unit)
+
+
+def _with_operands(block: Block) -> Block:
+    """The block with y as the products take it; the rows of x follow a chunk at a time."""
+    return replace(block, y=block.y.to(_operand_dtype(block.y)))
+
+
+def _chunks(block: Block) -> Iterator[tuple[slice, Block]]:
+    """Rows, and the block of them with x as the products take it."""
+    step = _chunk_rows(block.m, block.scale.dtype.itemsize)
+    for begin in range(0, block.n, step):
+        part = slice(begin, min(begin + step, block.n))
+        rows = block.rows(part)
+        yield part, replace(rows, x=rows.x.to(block.y.dtype))
+
+
+def _logits(rows: Block) -> Tensor:  # [rows, m]
+    return _product(rows.x.to(rows.y.dtype), rows.y.T).mul_(rows.scale).add_(rows.bias)
+
+
+def _same(rows: Block) -> Tensor | None:  # [rows, m]
+    """Pairs off the diagonal with equal ids."""
+    if rows.row_ids is None or rows.col_ids is None:
+        return None
+    same = rows.row_ids[:, None] == rows.col_ids
+    _, diagonal = _positives(same, rows.diag_offset)
+    diagonal.fill_(False)
+    return same
+
+
+def _count_above(
+    logits: Tensor,  # [rows, m]
+    same: Tensor | None,  # [rows, m]
+    diag_offset: int,
+    matches: Matches,
+    part: slice,
+    row_above: Tensor,  # [n], int32
+    col_above: Tensor,  # [m], int32
+) -> None:
+    """Count the negatives that are not below their row's and their column's match."""
+    for match, dim in ((matches.rows[part, None], 1), (matches.cols, 0)):
+        above = (logits < match.to(logits.dtype)).logical_not_()
+        _, diagonal = _positives(above, diag_offset)
+        diagonal.fill_(False)
+        if same is not None:
+            above &= ~same
+        count = above.sum(dim=dim, dtype=torch.int32)
+        if dim == 1:
+            row_above[part] = count
+        else:
+            col_above += count
+
+
+def _exponentials(logits: Tensor, lse: Tensor, weight: Tensor) -> Tensor:
+    return torch.sub(logits, lse).exp_().mul_(weight)
 
 
 def _operand_dtype(inputs: Tensor | Problem) -> torch.dtype:
@@ -146,9 +301,3 @@ def _positives(block: Tensor, diag_offset: int) -> tuple[slice, Tensor]:
 
 def _chunk_rows(m: int, itemsize: int) -> int:
     return max(1, CHUNK_BYTES // (m * itemsize))
-
-
-def _chunks(n: int, m: int, itemsize: int) -> Iterator[slice]:
-    step = _chunk_rows(m, itemsize)
-    for begin in range(0, n, step):
-        yield slice(begin, min(begin + step, n))

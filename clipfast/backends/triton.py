@@ -12,9 +12,9 @@ import os
 from importlib import metadata
 
 import torch
-from torch import Tensor
 
 from clipfast import tuning
+from clipfast.block import Block, Gradients, Matches, Statistics, Weights
 from clipfast.problem import Problem
 
 NAME = "triton"
@@ -32,6 +32,7 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     for name, rows in (("n", problem.n), ("m", problem.m)):
         if rows > MAX_ROWS:
             reasons.append(f"{name} = {rows} is more than the {MAX_ROWS} rows that its kernels can number")
+    reasons += [f"has no {need} yet" for need in sorted(problem.needs)]
     return tuple(reasons)
 
 
@@ -61,38 +62,17 @@ def workspace_bytes(problem: Problem) -> int:
     return max(forward, backward) + (2 * (n + m) * d if rounded else 0)
 
 
-def forward(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    diag_offset: int,
-    x_factor: Tensor | None = None,  # [n]
-    y_factor: Tensor | None = None,  # [m]
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(block: Block, matches: Matches | None = None) -> Statistics:
     from clipfast.kernels import launch
 
-    return launch.forward(x, y, scale, bias, diag_offset, x_factor, y_factor)
+    return launch.forward(block)
 
 
-def backward(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    row_lse: Tensor,  # [n]
-    col_lse: Tensor,  # [m]
-    row_weight: Tensor,  # [n]
-    col_weight: Tensor,  # [m]
-    positive_weight: Tensor,  # [n]
-    diag_offset: int,
-    x_factor: Tensor | None = None,  # [n]
-    y_factor: Tensor | None = None,  # [m]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
     from clipfast.kernels import launch
 
-    weights = (row_weight, col_weight, positive_weight)
-    return launch.backward(x, y, scale, bias, row_lse, col_lse, *weights, diag_offset, x_factor, y_factor)
+    dx, dy, dscale = launch.backward(block, weights)
+    return Gradients(dx.to(dtype), dy.to(dtype), dscale)
 
 
 def _missing(device: torch.device) -> tuple[str, ...]:

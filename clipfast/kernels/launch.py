@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast import tuning
+from clipfast.block import Block, Gradients, Statistics, Weights
 from clipfast.kernels.gradient import accumulate_kernel, gradient_kernel
 from clipfast.kernels.statistics import merge_kernel, statistics_kernel
 from clipfast.kernels.vectors import finish_kernel, prepare_kernel, unit_kernel
@@ -26,21 +27,13 @@ UNIT_BLOCK = 1024
 FINISH_ELEMENTS = 2048  # per program, at d up to 1024
 
 
-def forward(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    diag_offset: int,
-    x_factor: Tensor | None = None,  # [n]
-    y_factor: Tensor | None = None,  # [m]
-    *,
-    config: Config | None = None,
-    precision: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(block: Block, *, config: Config | None = None, precision: str | None = None) -> Statistics:
     """The contract's forward. `config` and `precision` override what `tuning` chooses."""
+    x, y, scale, bias, x_factor, y_factor = (
+        block.x, block.y, block.scale, block.bias, block.x_factor, block.y_factor
+    )  # fmt: skip
     n, m = len(x), len(y)
-    diag_offset = min(max(diag_offset, -n), m)
+    diag_offset = min(max(block.diag_offset, -n), m)
     operands = Operands.of(x, y, precision)
     device = tuning.describe(x.device)
     config = config or operands.choose("statistics")
@@ -75,33 +68,30 @@ def forward(
             *(n, m, diag_offset, programs_m, programs_n),
             BLOCK=VECTOR_BLOCK,
         )
-    return row_lse, col_lse, positive
+    return Statistics(row_lse, col_lse, positive)
 
 
 def backward(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    row_lse: Tensor,  # [n]
-    col_lse: Tensor,  # [m]
-    row_weight: Tensor,  # [n]
-    col_weight: Tensor,  # [m]
-    positive_weight: Tensor,  # [n]
-    diag_offset: int,
-    x_factor: Tensor | None = None,  # [n]
-    y_factor: Tensor | None = None,  # [m]
+    block: Block,
+    weights: Weights,
     *,
     config: Config | None = None,
     precision: str | None = None,
     strategy: str = tuning.STRATEGY,
     workspace: int = tuning.WORKSPACE_BYTES,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract's backward, by one of tuning.STRATEGIES; H takes at most `workspace` bytes or its smallest chunk."""
+) -> Gradients:
+    """The contract's backward, in the block's dtype, by one of tuning.STRATEGIES.
+
+    H takes at most `workspace` bytes or its smallest chunk.
+    """
     if strategy not in tuning.STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}; accepted are {', '.join(map(repr, tuning.STRATEGIES))}")
+    x, y, scale, bias, x_factor, y_factor = (
+        block.x, block.y, block.scale, block.bias, block.x_factor, block.y_factor
+    )  # fmt: skip
+    row_lse, row_weight, col_lse, col_weight, positive_weight, *_ = weights
     n, m = len(x), len(y)
-    diag_offset = min(max(diag_offset, -n), m)
+    diag_offset = min(max(block.diag_offset, -n), m)
     with _on(x.device):
         unit = _unit(row_weight, col_weight, positive_weight) if x.dtype == torch.float16 else None
         rows, cols = (scale.new_empty((length, 4)) for length in (n, m))
@@ -117,7 +107,7 @@ def backward(
             dx, dy, dscale = pass_.by_chunks(config, workspace)
         else:
             dx, dy, dscale = pass_.in_registers(config)
-        return dx, dy, (dscale if unit is None else dscale * unit).to(scale.dtype)
+        return Gradients(dx, dy, (dscale if unit is None else dscale * unit).to(scale.dtype))
 
 
 @dataclass(frozen=True)
