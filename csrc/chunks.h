@@ -20,6 +20,26 @@ constexpr index_t kBlockRows = 256;          // of a task, at most
 constexpr index_t kTasksPerThread = 4;       // at least, where there is so much to do
 constexpr double kFlopsPerThread = 1e6;  // below it a thread costs more than it brings
 
+// Numbers that several tasks add to or compare with, each in a slot of its own; the slots are merged in their order.
+template <class N>
+struct Slots {
+    index_t slots, length;
+    N* data = nullptr;
+
+    void place(Buffer& memory) { data = memory.take<N>(slots * length); }
+    void fill(N value) { std::fill(data, data + slots * length, value); }
+    N* at(index_t slot, index_t i) const { return data + slot * length + i; }
+    template <class Combine>
+    N merged(index_t i, const Combine& combine) const {
+        N total = data[i];
+        for (index_t slot = 1; slot < slots; ++slot) total = combine(total, *at(slot, i));
+        return total;
+    }
+};
+
+template <class N>
+N sum_of(N a, N b) { return a + b; }
+
 // Where a group of logits lies.
 struct Place {
     int worker;      // the thread that forms it
@@ -27,6 +47,15 @@ struct Place {
     index_t row;     // the group's first row, in the chunk
     index_t panel;   // in the chunk
     index_t column;  // the group's first column, in the block
+};
+
+// What an objective may hear of a pass: when the pass begins, where it is, and when it ends.
+struct Objective {
+    void begin(Team&) {}
+    void begin_rows(Team&, index_t /*first*/, index_t /*rows*/) {}
+    void begin_cols(Team&, index_t /*column*/, index_t /*cols*/) {}
+    void end_rows(Team&, index_t /*first*/, index_t /*rows*/) {}
+    void end(Team&) {}
 };
 
 // How a block is divided.
@@ -39,6 +68,9 @@ struct Chunks {
         : n(block.n()),
           m(block.m()),
           diag_offset(block.diag_offset),
+          row_ids(block.row_ids),
+          col_ids(block.col_ids),
+          ignores_same_ids(block.ignores_same_ids),
           threads(int(std::clamp(2.0 * double(n) * double(m) * double(block.d()) / kFlopsPerThread, 1.0,
                                  std::max(1.0, double(most_threads))))),
           rows(round_up(std::min(n, kChunkRows), kGroup)),
@@ -48,6 +80,9 @@ struct Chunks {
         const index_t row_bytes = Tiles::operands(block.d()) * index_t{sizeof(typename Tiles::Operand)};
         block_rows = std::clamp(kBlockBytes / row_bytes / kGroup * kGroup, kGroup, kBlockRows);
     }
+
+    index_t blocks() const { return ceil_div(rows, block_rows); }  // of a chunk
+    index_t padded_m() const { return round_up(m, kWidth); }
 
     // In how many parts to do what `blocks` tasks would do, so that there are tasks for all threads.
     index_t parts(index_t blocks, index_t most) const {
@@ -66,16 +101,20 @@ struct Chunks {
             for (index_t panel = begin; panel < std::min(panels_here, begin + share) && !team.stopped(); ++panel) {
                 const index_t at = panel * kWidth, count = std::min(kWidth, cols_here - at);
                 Tiles::with_vectors(count, [&](auto vectors) {
-                    for (index_t r = row; r < std::min(rows_here, row + block_rows); r += kGroup)
-                        visit(Group<Tiles, vectors.value>{nullptr, std::min(kGroup, rows_here - r), count,
-                                                           first + r + diag_offset - column - at},
-                              Place{worker, first, r, panel, column + at});
+                    for (index_t r = row; r < std::min(rows_here, row + block_rows); r += kGroup) {
+                        Group<Tiles, vectors.value> group(std::min(kGroup, rows_here - r), count,
+                                                          first + r + diag_offset - column - at);
+                        if (row_ids) group.set_ids(row_ids + first + r, col_ids + column + at, ignores_same_ids);
+                        visit(group, Place{worker, first, r, panel, column + at});
+                    }
                 });
             }
         });
     }
 
     index_t n, m, diag_offset;
+    const std::int32_t *row_ids, *col_ids;
+    bool ignores_same_ids;
     int threads;
     index_t rows, cols;  // of a chunk, multiples of kGroup and kWidth
     index_t panels;      // of a chunk

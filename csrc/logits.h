@@ -22,8 +22,7 @@ constexpr double kLn2 = 0.69314718055994530942;
 template <class T>
 constexpr T kMaxSpread = std::is_same_v<T, float> ? T(100) : T(900);
 
-// A group of logits in log2 units, [rows][kWidth] at s, of which `cols` columns count, and the column of row 0's
-// positive. Rows up to a multiple of kRows may be written.
+// A group of logits in log2 units, [rows][kWidth] at s, of which `cols` columns count. Rows up to a multiple of kRows may be written.
 template <class Tiles, int NV>
 struct Group {
     using T = typename Tiles::Compute;
@@ -34,20 +33,25 @@ struct Group {
     static constexpr index_t kWidth = Tiles::kWidth;
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-    T* s;
-    index_t rows, cols, positive;
-    T low = kInfinity, high = -kInfinity;  // of the negatives. A NaN passes through later sums by itself.
+    Group(index_t rows, index_t cols, index_t positive)
+        : rows(rows), cols(cols), positive(std::clamp(positive, -kGroup, kWidth)) {}
+
+    T* s = nullptr;
+    index_t rows, cols;
+    index_t positive;  // the column of row 0's
+    T low = kInfinity, high = -kInfinity;  // of those in the sums. A NaN passes through later sums by itself.
     const std::int32_t* row_ids = nullptr;
     Lane col_ids[NV * W];
-    bool has_ids = false, ignores = false;  // whether pairs of one id are left out
-    bool same = false;                      // false if no two ids are equal
+    bool ignores = false;  // whether pairs of one id are left out
+    bool same = false;     // false if no two ids are equal
 
     T* row(index_t i) const { return s + i * kWidth; }
     V logits(index_t i, int v) const { return load_vector<V>(row(i) + v * W); }
     bool narrow() const { return low <= high && high - low < kMaxSpread<T>; }
-    bool is_whole() const { return cols == NV * W && (positive >= cols || positive + rows <= 0); }
-    // Whether all are negatives.
-    bool is_plain() const { return is_whole() && !(same && ignores); }
+    bool has_positives() const { return positive < cols && positive + rows > 0; }
+    // Whether all are in the sums of exponentials, and whether all are negatives.
+    bool is_summed() const { return cols == NV * W && !has_positives() && !(same && ignores); }
+    bool is_plain() const { return is_summed() && !same; }
     template <class Visit>
     void for_positives(const Visit& visit) const {
         const index_t end = std::min(rows, cols - positive);
@@ -55,7 +59,7 @@ struct Group {
     }
 
     void set_ids(const std::int32_t* of_rows, const std::int32_t* of_cols, bool ignore) {
-        row_ids = of_rows, has_ids = true, ignores = ignore;
+        row_ids = of_rows, ignores = ignore;
         for (index_t j = 0; j < NV * W; ++j) col_ids[j] = of_cols[std::min(j, cols - 1)];
         Mask equal = {};
         for (index_t i = 0; i < rows; ++i)
@@ -63,25 +67,39 @@ struct Group {
         same = reduce<Lane, W>(equal, [](auto a, auto b) { return a | b; }) != 0;
     }
 
-    // Vector v of row i: which of its lanes are columns of the block beside the positive,
-    CLIPFAST_INLINE Mask others(index_t i, int v) const {
-        const Mask lane = iota() + Lane(v * W);
-        return (lane < Lane(cols)) & (lane != Lane(positive + i));
-    }
-    // which of those have the row's id,
+    // Vector v of row i: which of its lanes are columns of the block,
+    CLIPFAST_INLINE Mask within(int v) const { return iota() < Lane(cols - v * W); }
+    // which is the positive,
+    CLIPFAST_INLINE Mask own(index_t i, int v) const { return within(v) & (iota() == Lane(positive + i - v * W)); }
+    // which others have the row's id,
     CLIPFAST_INLINE Mask duplicates(index_t i, int v) const {
-        return same ? others(i, v) & (load_vector<Mask>(col_ids + v * W) == Lane(row_ids[i])) : Mask{};
+        if (!same) return Mask{};
+        return within(v) & ~own(i, v) & (load_vector<Mask>(col_ids + v * W) == Lane(row_ids[i]));
     }
-    // and which are negatives.
-    CLIPFAST_INLINE Mask negatives(index_t i, int v) const {
-        return ignores ? others(i, v) & ~duplicates(i, v) : others(i, v);
+    // which are negatives,
+    CLIPFAST_INLINE Mask negatives(index_t i, int v) const { return within(v) & ~own(i, v) & ~duplicates(i, v); }
+    // and which are in the sums of exponentials.
+    CLIPFAST_INLINE Mask summed(index_t i, int v) const {
+        return ignores ? negatives(i, v) : within(v) & ~own(i, v);
     }
 
-    // Put `value` where no negative is.
+    // Put `value` at what is in no sum of exponentials.
     void mask(T value) const {
         for (index_t i = 0; i < rows; ++i)
             for (int v = 0; v < NV; ++v)
-                store_vector(row(i) + v * W, negatives(i, v) ? logits(i, v) : V{} + value);
+                store_vector(row(i) + v * W, summed(i, v) ? logits(i, v) : V{} + value);
+    }
+
+    // sum G (logit - bias), G in the logits' place; whatever the logits of what G leaves out.
+    CLIPFAST_NOINLINE T dot(const T* of_logits, T bias) const {
+        V sum = {};
+        for (index_t i = 0; i < rows; ++i)
+            for (index_t j = 0; j < cols; j += W) {
+                const V logit = Tiles::load_elements(of_logits + i * kWidth + j, 1, cols - j);
+                const V g = Tiles::load_elements(row(i) + j, 1, cols - j);
+                sum += g == 0 ? V{} : g * (logit - bias);
+            }
+        return reduce<T, W>(sum, [](auto a, auto b) { return a + b; });
     }
 
   private:
@@ -129,7 +147,7 @@ class Logits {
                 }
             });
         }
-        if (!group.is_plain()) find_range_of_negatives(group, low, high);
+        if (!group.is_summed()) find_range(group, low, high);
         group.low = reduce<T, W>(low, [](auto a, auto b) { return minimum(a, b); });
         group.high = reduce<T, W>(high, [](auto a, auto b) { return maximum(a, b); });
     }
@@ -141,14 +159,14 @@ class Logits {
 
   private:
     template <int NV>
-    static void find_range_of_negatives(const Group<Tiles, NV>& group, V& low, V& high) {
+    static void find_range(const Group<Tiles, NV>& group, V& low, V& high) {
         low = V{} + kInfinity, high = V{} - kInfinity;
         for (index_t i = 0; i < group.rows; ++i)
             for (int v = 0; v < NV; ++v) {
-                const auto negatives = group.negatives(i, v);
+                const auto summed = group.summed(i, v);
                 const V logit = group.logits(i, v);
-                low = minimum(negatives ? logit : V{} + kInfinity, low);
-                high = maximum(negatives ? logit : V{} - kInfinity, high);
+                low = minimum(summed ? logit : V{} + kInfinity, low);
+                high = maximum(summed ? logit : V{} - kInfinity, high);
             }
     }
 

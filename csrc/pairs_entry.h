@@ -34,13 +34,17 @@ struct PairEntry {
     }
 
     // Whatever the scale and bias.
-    static index_t workspace_bytes(const Block& block, const Execution& execution) {
-        return std::max(Passes<PairEntry>::workspace_bytes(block, execution),
-                        avx512().workspace_bytes(block, execution));
+    static index_t workspace_bytes(const Block& block, const Execution& execution, const Needs& needs) {
+        return std::max(Passes<PairEntry>::workspace_bytes(block, execution, needs),
+                        avx512().workspace_bytes(block, execution, needs));
     }
 
     static Kernels kernels(const char* name, bool (*available)()) {
-        return {name, available, Passes<PairEntry>::forward, Passes<PairEntry>::backward, workspace_bytes, avx512().exp2};
+        using P = Passes<PairEntry>;
+        const Kernels others = avx512();
+        return {name,        available,  P::forward,      P::matches,
+                P::backward, P::sigmoid, P::distillation, workspace_bytes,
+                others.exp2, others.softplus_and_sigmoid};
     }
 };
 

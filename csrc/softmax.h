@@ -59,35 +59,49 @@ struct Sums {
     }
 };
 
-// For Kernel::scan: the block's statistics.
+// For Kernel::scan: the block's statistics, and where there are matches, how many negatives are not below them.
 template <class Tiles>
-class SoftmaxStatistics {
+class SoftmaxStatistics : public Objective {
     using T = typename Tiles::Compute;
     using V = typename Tiles::V;
     static constexpr int W = Tiles::W;
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
   public:
-    SoftmaxStatistics(const Chunks<Tiles>& chunks, const Statistics& out)
+    SoftmaxStatistics(const Chunks<Tiles>& chunks, const Matches& matches, const Statistics& out)
         : chunks_(chunks),
+          matches_(matches),
           out_(out),
           rows_{chunks.panels, chunks.rows},
-          cols_{ceil_div(chunks.rows, chunks.block_rows), round_up(chunks.m, Tiles::kWidth)} {}
+          cols_{chunks.blocks(), chunks.padded_m()},
+          rows_above_{rows_.slots, rows_.length},
+          cols_above_{cols_.slots, cols_.length} {}
 
     // A row's sums per panel of a chunk, a column's per block of rows.
-    void place(Buffer& memory) { rows_.place(memory), cols_.place(memory); }
+    void place(Buffer& memory) {
+        rows_.place(memory), cols_.place(memory);
+        if (matches_.rows) rows_above_.place(memory), cols_above_.place(memory);
+    }
 
     void begin(Team&) {
         std::fill(out_.positive, out_.positive + chunks_.n, 0.0);
         cols_.clear();
+        if (matches_.rows) cols_above_.fill(0);
     }
-    void begin_rows(Team&, index_t, index_t) { rows_.clear(); }
+    void begin_rows(Team&, index_t, index_t) {
+        rows_.clear();
+        if (matches_.rows) rows_above_.fill(0);
+    }
+
+    template <class Group>
+    bool wants(const Group&) const { return true; }
 
     template <int NV>
     CLIPFAST_NOINLINE void take(const Group<Tiles, NV>& group, const Place& at) {
+        if (matches_.rows) count_above(group, at);
         group.for_positives(
             [&](index_t i, T& logit) { out_.positive[at.first + at.row + i] = double(logit) * kLn2; });
-        if (!group.is_plain()) group.mask(-kInfinity);
+        if (!group.is_summed()) group.mask(-kInfinity);
         T row_shift[kGroup] = {}, row_sum[kGroup] = {};
         V col_shift[NV], col_sum[NV];
         if (group.narrow()) narrow_sums(group, row_shift, row_sum, col_shift, col_sum);
@@ -100,16 +114,49 @@ class SoftmaxStatistics {
 
     void end_rows(Team& team, index_t first, index_t rows) {
         team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
-            rows_.log_merged(group * kGroup, std::min(rows, (group + 1) * kGroup), out_.row_lse + first);
+            const index_t begin = group * kGroup, end = std::min(rows, begin + kGroup);
+            rows_.log_merged(begin, end, out_.row_lse + first);
+            if (matches_.rows)
+                for (index_t i = begin; i < end; ++i)
+                    out_.row_above[first + i] = rows_above_.merged(i, sum_of<std::int32_t>);
         });
     }
     void end(Team& team) {
         team.for_each(ceil_div(chunks_.m, kBlockRows), [&](int, index_t task) {
-            cols_.log_merged(task * kBlockRows, std::min(chunks_.m, (task + 1) * kBlockRows), out_.col_lse);
+            const index_t begin = task * kBlockRows, end = std::min(chunks_.m, begin + kBlockRows);
+            cols_.log_merged(begin, end, out_.col_lse);
+            if (matches_.rows)
+                for (index_t j = begin; j < end; ++j)
+                    out_.col_above[j] = cols_above_.merged(j, sum_of<std::int32_t>);
         });
     }
 
   private:
+    // NaN is not below anything.
+    template <int NV>
+    CLIPFAST_NOINLINE void count_above(const Group<Tiles, NV>& group, const Place& at) {
+        using Lane = typename Group<Tiles, NV>::Lane;
+        using Mask = typename Group<Tiles, NV>::Mask;
+        T col_match[NV * W] = {};
+        for (index_t j = 0; j < group.cols; ++j) col_match[j] = T(matches_.cols[at.column + j]);
+        const bool plain = group.is_plain();
+        Mask col_count[NV] = {};
+        for (index_t i = 0; i < group.rows; ++i) {
+            const V row_match = V{} + T(matches_.rows[at.first + at.row + i]);
+            Mask row_count = {};
+            for (int v = 0; v < NV; ++v) {
+                const V logit = group.logits(i, v);
+                const Mask counted = plain ? ~Mask{} : group.negatives(i, v);
+                row_count -= counted & ~(logit < row_match);
+                col_count[v] -= counted & ~(logit < load_vector<V>(col_match + v * W));
+            }
+            *rows_above_.at(at.panel, at.row + i) +=
+                std::int32_t(reduce<Lane, W>(row_count, [](auto a, auto b) { return a + b; }));
+        }
+        std::int32_t* above = cols_above_.at(at.row / chunks_.block_rows, at.column);
+        for (index_t j = 0; j < group.cols; ++j) above[j] += std::int32_t(col_count[j / W][j % W]);
+    }
+
     template <int NV>
     static CLIPFAST_INLINE void narrow_sums(const Group<Tiles, NV>& group, T* row_shift, T* row_sum,
                                             V (&col_shift)[NV], V (&col_sum)[NV]) {
@@ -151,8 +198,10 @@ class SoftmaxStatistics {
     }
 
     Chunks<Tiles> chunks_;
+    Matches matches_;
     Statistics out_;
     Sums<T, W> rows_, cols_;
+    Slots<std::int32_t> rows_above_, cols_above_;
 };
 
 // A side's logsumexps in log2 units and weights, rounded to T so that weight' exp2(L - lse') = weight exp(L - lse) up to
@@ -163,10 +212,11 @@ struct Side {
     T *lse = nullptr, *weight = nullptr;
 
     void place(Buffer& memory, index_t count) { lse = memory.take<T>(count), weight = memory.take<T>(count); }
+    // Without weights all are 1.
     void round(Team& team, const double* exact_lse, const double* exact_weight, index_t count) {
         team.for_each(ceil_div(count, kBlockRows), [&](int, index_t task) {
             for (index_t i = task * kBlockRows; i < std::min(count, (task + 1) * kBlockRows); ++i) {
-                const double w = exact_weight[i];
+                const double w = exact_weight ? exact_weight[i] : 1;
                 lse[i] = w == 0 ? std::numeric_limits<T>::infinity() : T(exact_lse[i] * kLog2e);
                 // Beyond any rounding of a meaningful logit it is float64's own rounding of a huge one.
                 const double gap = double(lse[i]) / kLog2e - exact_lse[i];
@@ -176,9 +226,9 @@ struct Side {
     }
 };
 
-// For Kernel::differentiate: G_ij = row_weight_i exp(L_ij - row_lse_i) + col_weight_j exp(L_ij - col_lse_j) of negatives.
+// For Kernel::differentiate: G_ij = row_weight_i exp(L_ij - row_lse_i) + col_weight_j exp(L_ij - col_lse_j).
 template <class Tiles>
-class SoftmaxGradient {
+class SoftmaxGradient : public Objective {
     using T = typename Tiles::Compute;
     using V = typename Tiles::V;
     static constexpr int W = Tiles::W;
@@ -192,11 +242,7 @@ class SoftmaxGradient {
         rows_.round(team, in_.row_lse, in_.row_weight, n_);
         cols_.round(team, in_.col_lse, in_.col_weight, m_);
     }
-    void begin_rows(Team&, index_t, index_t) {}
-    void end_rows(Team&, index_t, index_t) {}
-    void end(Team&) {}
 
-    // Replaces the group's logits by G. Where the product rounds G, returns sum G (logit - bias), of G before that; else 0.
     template <int NV>
     CLIPFAST_NOINLINE T to_gradient(const Group<Tiles, NV>& group, const Place& at) const {
         const index_t first = at.first + at.row;
@@ -207,7 +253,7 @@ class SoftmaxGradient {
             col_lse[v] = Tiles::load_elements(cols_.lse + at.column + v * W, 1, count);
             col_weight[v] = Tiles::load_elements(cols_.weight + at.column + v * W, 1, count);
         }
-        if (group.narrow() && group.is_plain())
+        if (group.is_plain() && group.narrow())
             return narrow_gradient(group, row_lse, row_weight, col_lse, col_weight);
         T logits[Tiles::kRounds ? kGroup * Tiles::kWidth : 1];
         if constexpr (Tiles::kRounds) std::memcpy(logits, group.s, group.rows * Tiles::kWidth * sizeof(T));
@@ -221,19 +267,28 @@ class SoftmaxGradient {
                                                            col_weight[v] * exp2<T, W>(logit - col_lse[v]));
                 }
         }
+        if (group.same) set_same(group, at);
         group.for_positives([&](index_t i, T& logit) { logit = T(in_.positive_weight[first + i]); });
-        V dot = {};
-        if constexpr (Tiles::kRounds)
-            for (index_t i = 0; i < group.rows; ++i)
-                for (index_t j = 0; j < group.cols; j += W) {
-                    const V logit = Tiles::load_elements(logits + i * Tiles::kWidth + j, 1, group.cols - j);
-                    const V g = Tiles::load_elements(group.row(i) + j, 1, group.cols - j);
-                    dot += g * (logit - bias_);
-                }
-        return reduce<T, W>(dot, [](auto a, auto b) { return a + b; });
+        if constexpr (Tiles::kRounds) return group.dot(logits, bias_);
+        return 0;
     }
 
   private:
+    // G of pairs of one id off the diagonal.
+    template <int NV>
+    CLIPFAST_NOINLINE void set_same(const Group<Tiles, NV>& group, const Place& at) const {
+        const bool targets = !group.ignores && in_.row_target;
+        if (!group.ignores && !targets) return;
+        T col_target[NV * W] = {};
+        for (index_t j = 0; targets && j < group.cols; ++j) col_target[j] = T(in_.col_target[at.column + j]);
+        for (index_t i = 0; i < group.rows; ++i)
+            for (int v = 0; v < NV; ++v) {
+                V g = group.logits(i, v), added = {};
+                if (targets) added = g + (T(in_.row_target[at.first + at.row + i]) + load_vector<V>(col_target + v * W));
+                store_vector(group.row(i) + v * W, group.duplicates(i, v) ? added : g);
+            }
+    }
+
     template <int NV>
     CLIPFAST_INLINE T narrow_gradient(const Group<Tiles, NV>& group, const T* row_lse, const T* row_weight,
                                       const V (&col_lse)[NV], const V (&col_weight)[NV]) const {

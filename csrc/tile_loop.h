@@ -5,8 +5,9 @@
 // A scan costs one product. Gradients cost three: G of a chunk is formed whole, all panels in memory, then G y is added
 // to dx and G^T x to dy. Every number is written by one task and added up in one order, whatever the threads do.
 //
-// An objective (softmax.h) says which memory it needs (place), hears where the pass is (begin, begin_rows, end_rows, end)
-// and takes a group (take), or replaces its logits by G (to_gradient).
+// An objective (softmax.h, sigmoid.h, ...) says which memory it needs (place), hears where the pass is (Objective), and
+// takes a group (take) or replaces its logits by G (to_gradient). Where the product rounds G, to_gradient returns
+// sum G (logit - bias), of G before that, in log2 units.
 #pragma once
 
 #include "chunks.h"
@@ -27,8 +28,6 @@ class Kernel {
     static constexpr bool kApart = !std::is_same_v<T, Element>;  // gradients are added up in T and rounded once
 
   public:
-    using Shape = Tiles;
-
     Kernel(const Block& block, const Execution& execution)
         : block_(block),
           d_(block.d()),
@@ -50,8 +49,11 @@ class Kernel {
             rows_.pack_left(team_, first, rows);
             objective.begin_rows(team_, first, rows);
             for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
-                rows_.pack_right(team_, column, std::min(chunks_.cols, chunks_.m - column));
-                chunks_.for_groups(team_, first, column, [&](auto group, const Place& at) {
+                const index_t cols = std::min(chunks_.cols, chunks_.m - column);
+                rows_.pack_right(team_, column, cols);
+                objective.begin_cols(team_, column, cols);
+                chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
+                    if (!objective.wants(group)) return;
                     group.s = scratch(at);
                     rows_.form(group, at);
                     objective.take(group, at);
@@ -67,12 +69,14 @@ class Kernel {
     double differentiate(Objective& objective, const Gradients& out) {
         const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer, objective), place_products(buffer); });
         objective.begin(team_);
-        T* const dy = kApart ? dy_apart_ : static_cast<T*>(out.dy);
+        // Where the gradients are wanted as they are added up, they need no place apart.
+        const bool apart = kApart && out.dtype == block_.dtype;
+        T* const dy = apart ? dy_apart_ : static_cast<T*>(out.dy);
         clear(chunks_.m, dy);
         double dscale = 0;
         for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
             const index_t rows = std::min(chunks_.rows, chunks_.n - first);
-            T* const dx = kApart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
+            T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
             clear(rows, dx);
             rows_.pack_left(team_, first, rows);
             pack_rows(block_.x, first, rows, Tiles::kRowStep, chunks_.rows, x_rows_);
@@ -81,15 +85,26 @@ class Kernel {
                 const index_t cols = std::min(chunks_.cols, chunks_.m - column);
                 rows_.pack_right(team_, column, cols);
                 pack_rows(block_.y, column, cols, Tiles::kColStep, chunks_.cols, y_rows_);
+                objective.begin_cols(team_, column, cols);
                 dscale += form_gradient(objective, first, column);
                 add_products(rows, cols, dx, dy + column * d_);
             }
             objective.end_rows(team_, first, rows);
-            dscale += finish_dx(first, rows, dx, static_cast<Element*>(out.dx));
+            if (apart) dscale += finish_dx(first, rows, dx, static_cast<Element*>(out.dx));
+            else dscale += finish_dx(first, rows, dx, static_cast<T*>(out.dx));
         }
         objective.end(team_);
-        finish_dy(dy, static_cast<Element*>(out.dy));
+        if (apart) finish_dy(dy, static_cast<Element*>(out.dy));
+        else finish_dy(dy, static_cast<T*>(out.dy));
         return dscale;
+    }
+
+    // Either, as gradients are wanted or not; returns dscale.
+    template <class Objective>
+    double run(Objective& objective, const Gradients& out) {
+        if (out.dx) return differentiate(objective, out);
+        scan(objective);
+        return 0;
     }
 
     // What the passes hold, apart from their outputs.
@@ -131,11 +146,11 @@ class Kernel {
     template <class Objective>
     double form_gradient(Objective& objective, index_t first, index_t column) {
         std::fill(dots_, dots_ + dots(), 0.0);
-        chunks_.for_groups(team_, first, column, [&](auto group, const Place& at) {
+        chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
             group.s = gradient_.place(at.panel, at.row, scratch(at));
             rows_.form(group, at);
             const T dot = objective.to_gradient(group, at);
-            if constexpr (Tiles::kRounds) dots_[at.row / kGroup * chunks_.panels + at.panel] = logits().product(dot);
+            if constexpr (Tiles::kRounds) dots_[at.row / kGroup * chunks_.panels + at.panel] = rows_.logits().product(dot);
             gradient_.keep(group, at.panel, at.row);
         });
         return std::accumulate(dots_, dots_ + dots(), 0.0);
@@ -211,7 +226,8 @@ class Kernel {
     }
 
     // Writes dx = scale G y of a chunk. Returns x^T (G y), dscale's part where the product does not round G; else 0.
-    double finish_dx(index_t first, index_t rows, const T* gradient_y, Element* dx) {
+    template <class Out>
+    double finish_dx(index_t first, index_t rows, const T* gradient_y, Out* dx) {
         std::fill(dots_, dots_ + dots(), 0.0);
         team_.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
             const index_t row = group * kGroup;
@@ -221,7 +237,8 @@ class Kernel {
         return std::accumulate(dots_, dots_ + dots(), 0.0);
     }
 
-    double finish_rows(index_t first, index_t count, const T* gradient_y, Element* dx) const {
+    template <class Out>
+    double finish_rows(index_t first, index_t count, const T* gradient_y, Out* dx) const {
         using Double = Vector<double, W>;
         Double dot = {};
         for (index_t i = 0; i < count; ++i, gradient_y += d_) {
@@ -236,10 +253,11 @@ class Kernel {
         return reduce<double, W>(dot, [](auto a, auto b) { return a + b; });
     }
 
-    void finish_dy(const T* gradient_x, Element* dy) {
+    template <class Out>
+    void finish_dy(const T* gradient_x, Out* dy) {
         team_.for_each(ceil_div(chunks_.m, kGroup), [&](int, index_t group) {
             const index_t end = std::min(chunks_.m, (group + 1) * kGroup) * d_;
-            for (index_t i = group * kGroup * d_; i < end; ++i) dy[i] = store<Element>(scale_ * gradient_x[i]);
+            for (index_t i = group * kGroup * d_; i < end; ++i) dy[i] = store<Out>(scale_ * gradient_x[i]);
         });
     }
 
