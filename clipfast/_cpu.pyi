@@ -1,38 +1,70 @@
+# Addresses are data_ptr(), 0 where there is nothing. csrc/block.h says what the nouns hold.
+
+class Matrix:
+    def __init__(self, data: int, rows: int, cols: int, row_stride: int, col_stride: int) -> None: ...
+
 class Block:
     def __init__(
         self,
         *,
         dtype: str,
         product: str,
-        n: int,
-        m: int,
-        d: int,
-        x: int,
-        x_row_stride: int,
-        x_col_stride: int,
-        y: int,
-        y_row_stride: int,
-        y_col_stride: int,
-        scale: float,
-        bias: float,
-        diag_offset: int,
+        x: Matrix,
+        y: Matrix,
+        scale: float = 1.0,
+        bias: float = 0.0,
+        diag_offset: int = 0,
+        row_ids: int = 0,
+        col_ids: int = 0,
+        ignores_same_ids: bool = True,
     ) -> None: ...
 
+class Matches:
+    def __init__(self, rows: int = 0, cols: int = 0) -> None: ...
+
+class Statistics:
+    def __init__(self, row_lse: int, col_lse: int, positive: int, row_above: int = 0, col_above: int = 0) -> None: ...
+
+class Weights:
+    def __init__(
+        self,
+        row_lse: int,
+        row_weight: int,
+        col_lse: int,
+        col_weight: int,
+        positive_weight: int,
+        row_target: int = 0,
+        col_target: int = 0,
+    ) -> None: ...
+
+class Gradients:
+    def __init__(self, dx: int, dy: int, dtype: str) -> None: ...
+
+class Crosses:
+    def __init__(self, rows: int, cols: int) -> None: ...
+
 def instruction_sets() -> list[tuple[str, bool]]: ...
-def forward(isa: str, block: Block, row_lse: int, col_lse: int, positive: int, threads: int) -> None: ...
-def backward(
+def forward(isa: str, block: Block, matches: Matches, out: Statistics, threads: int, /) -> None: ...
+def matches(isa: str, block: Block, out: Matches, threads: int, /) -> None: ...
+def backward(isa: str, block: Block, weights: Weights, out: Gradients, threads: int, /) -> float: ...
+def sigmoid(
+    isa: str, block: Block, unit: float, row_loss: int, out: Gradients | None, threads: int, /
+) -> tuple[float, float]: ...
+def distillation(
     isa: str,
     block: Block,
-    row_lse: int,
-    row_weight: int,
-    col_lse: int,
-    col_weight: int,
-    positive_weight: int,
-    dx: int,
-    dy: int,
+    weights: Weights,
+    teacher: Block,
+    teacher_weights: Weights,
+    crosses: Crosses,
+    out: Gradients | None,
     threads: int,
+    /,
 ) -> float: ...
-def symmetric_cross_entropy(row_lse: int, col_lse: int, positive: int, n: int) -> float: ...
+def workspace_bytes(
+    isa: str, block: Block, *, ranks: bool = False, sigmoid: bool = False, distillation: bool = False, threads: int
+) -> int: ...
+def symmetric_cross_entropy(row_lse: int, col_lse: int, positive: int, n: int, /) -> float: ...
 def symmetric_cross_entropy_weights(
     row_lse: int,
     col_lse: int,
@@ -43,6 +75,7 @@ def symmetric_cross_entropy_weights(
     row_weight: int,
     col_weight: int,
     positive_weight: int,
+    /,
 ) -> None: ...
-def workspace_bytes(isa: str, dtype: str, product: str, n: int, m: int, d: int, threads: int) -> int: ...
-def exp2(isa: str, dtype: str, x: int, out: int, count: int) -> None: ...
+def exp2(isa: str, dtype: str, x: int, out: int, count: int, /) -> None: ...
+def softplus_and_sigmoid(isa: str, dtype: str, x: int, softplus: int, sigmoid: int, count: int, /) -> None: ...

@@ -1,17 +1,27 @@
-// clipfast._cpu: pointers, strides and scalars in, nothing computed here. Arguments are checked by the Python side.
+// clipfast._cpu: addresses, strides and scalars in, nothing computed here. Arguments are checked by the Python side, but for
+// what would end the process.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "buffer.h"
 #include "cross_entropy.h"
 #include "kernels.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 using namespace clipfast;
 
 namespace {
+
+using Address = std::uintptr_t;  // 0 where there is nothing
+
+template <class T>
+T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 
 DType dtype_from(const std::string& name) {
     if (name == "float32") return DType::float32;
@@ -34,70 +44,154 @@ const Kernels& kernels_named(const std::string& name) {
     throw std::invalid_argument("isa: this processor has no " + name);
 }
 
-template <class T = void>
-T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+Matrix make_matrix(Address data, index_t rows, index_t cols, index_t row_stride, index_t col_stride) {
+    return {pointer<void>(data), rows, cols, row_stride, col_stride};
 }
 
-Block make_block(const std::string& dtype, const std::string& product, index_t n, index_t m, index_t d, std::uintptr_t x, index_t x_row_stride,
-                 index_t x_col_stride, std::uintptr_t y, index_t y_row_stride, index_t y_col_stride, double scale,
-                 double bias, index_t diag_offset) {
-    return {dtype_from(dtype),
-            product_from(product),
-            {pointer(x), n, d, x_row_stride, x_col_stride},
-            {pointer(y), m, d, y_row_stride, y_col_stride},
-            scale,
-            bias,
-            diag_offset};
+Block make_block(const std::string& dtype, const std::string& product, const Matrix& x, const Matrix& y, double scale,
+                 double bias, index_t diag_offset, Address row_ids, Address col_ids, bool ignores_same_ids) {
+    if (x.rows < 1 || y.rows < 1 || x.cols < 1 || x.cols != y.cols)
+        throw std::invalid_argument("x, y: got [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) + "] and [" +
+                                    std::to_string(y.rows) + ", " + std::to_string(y.cols) +
+                                    "]; accepted are [n, d] and [m, d], n, m and d at least 1");
+    return {dtype_from(dtype),           product_from(product),       x, y, scale, bias, diag_offset,
+            pointer<std::int32_t>(row_ids), pointer<std::int32_t>(col_ids), ignores_same_ids};
+}
+
+Weights make_weights(Address row_lse, Address row_weight, Address col_lse, Address col_weight, Address positive_weight,
+                     Address row_target, Address col_target) {
+    return {pointer<double>(row_lse),    pointer<double>(row_weight),      pointer<double>(col_lse),
+            pointer<double>(col_weight), pointer<double>(positive_weight), pointer<double>(row_target),
+            pointer<double>(col_target)};
+}
+
+// Whether a signal's handler has raised an exception: in the main thread, which is the only one that handlers run in.
+bool signalled() {
+    const py::gil_scoped_acquire locked;
+    return PyErr_CheckSignals() != 0;
+}
+
+bool in_main_thread() {
+    const py::object threading = py::module_::import("threading");
+    return threading.attr("current_thread")().is(threading.attr("main_thread")());
+}
+
+// Runs a pass without Python's lock; its errors become Python's.
+template <class Pass>
+auto run(const Block& block, int threads, const Pass& pass) {
+    const Execution execution{threads, in_main_thread() ? signalled : nullptr};
+    try {
+        const py::gil_scoped_release unlocked;
+        return pass(execution);
+    } catch (const Interrupted&) {
+        throw py::error_already_set();
+    } catch (const OutOfMemory& error) {
+        const std::string text = "clipfast needs " + std::to_string(error.bytes) + " bytes of workspace for n = " +
+                                 std::to_string(block.n()) + ", m = " + std::to_string(block.m()) +
+                                 ", d = " + std::to_string(block.d()) + ", and the system has not so much";
+        PyErr_SetString(PyExc_MemoryError, text.c_str());
+        throw py::error_already_set();
+    }
+}
+
+void bind_nouns(py::module_& module) {
+    py::class_<Matrix>(module, "Matrix")
+        .def(py::init(&make_matrix), "data"_a, "rows"_a, "cols"_a, "row_stride"_a, "col_stride"_a);
+    py::class_<Block>(module, "Block")
+        .def(py::init(&make_block), py::kw_only(), "dtype"_a, "product"_a, "x"_a, "y"_a, "scale"_a = 1.0, "bias"_a = 0.0,
+             "diag_offset"_a = 0, "row_ids"_a = 0, "col_ids"_a = 0, "ignores_same_ids"_a = true);
+    py::class_<Matches>(module, "Matches").def(py::init([](Address rows, Address cols) {
+        return Matches{pointer<double>(rows), pointer<double>(cols)};
+    }), "rows"_a = 0, "cols"_a = 0);
+    py::class_<Statistics>(module, "Statistics")
+        .def(py::init([](Address row_lse, Address col_lse, Address positive, Address row_above, Address col_above) {
+                 return Statistics{pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
+                                   pointer<std::int32_t>(row_above), pointer<std::int32_t>(col_above)};
+             }),
+             "row_lse"_a, "col_lse"_a, "positive"_a, "row_above"_a = 0, "col_above"_a = 0);
+    py::class_<Weights>(module, "Weights")
+        .def(py::init(&make_weights), "row_lse"_a, "row_weight"_a, "col_lse"_a, "col_weight"_a, "positive_weight"_a,
+             "row_target"_a = 0, "col_target"_a = 0);
+    py::class_<Gradients>(module, "Gradients")
+        .def(py::init([](Address dx, Address dy, const std::string& dtype) {
+                 return Gradients{pointer<void>(dx), pointer<void>(dy), dtype_from(dtype)};
+             }),
+             "dx"_a, "dy"_a, "dtype"_a);
+    py::class_<Crosses>(module, "Crosses").def(py::init([](Address rows, Address cols) {
+        return Crosses{pointer<double>(rows), pointer<double>(cols)};
+    }), "rows"_a, "cols"_a);
+}
+
+void bind_passes(py::module_& module) {
+    module.def("forward", [](const std::string& isa, const Block& block, const Matches& matches, const Statistics& out,
+                             int threads) {
+        const Kernels& kernels = kernels_named(isa);
+        run(block, threads, [&](const Execution& with) { kernels.forward(block, with, matches, out); });
+    });
+    module.def("matches", [](const std::string& isa, const Block& block, const Matches& out, int threads) {
+        const Kernels& kernels = kernels_named(isa);
+        run(block, threads, [&](const Execution& with) { kernels.matches(block, with, out); });
+    });
+    module.def("backward", [](const std::string& isa, const Block& block, const Weights& weights, const Gradients& out,
+                              int threads) {
+        const Kernels& kernels = kernels_named(isa);
+        return run(block, threads, [&](const Execution& with) { return kernels.backward(block, with, weights, out).dscale; });
+    });
+    module.def("sigmoid", [](const std::string& isa, const Block& block, double unit, Address row_loss,
+                             const std::optional<Gradients>& out, int threads) {
+        const Kernels& kernels = kernels_named(isa);
+        const Scalars scalars = run(block, threads, [&](const Execution& with) {
+            return kernels.sigmoid(block, with, unit, pointer<double>(row_loss), out.value_or(Gradients{}));
+        });
+        return py::make_tuple(scalars.dscale, scalars.dbias);
+    });
+    module.def("distillation", [](const std::string& isa, const Block& block, const Weights& weights, const Block& teacher,
+                                  const Weights& teacher_weights, const Crosses& crosses,
+                                  const std::optional<Gradients>& out, int threads) {
+        const Kernels& kernels = kernels_named(isa);
+        if (teacher.dtype != block.dtype || teacher.n() != block.n() || teacher.m() != block.m())
+            throw std::invalid_argument("teacher: has another dtype, n or m than the block");
+        return run(block, threads, [&](const Execution& with) {
+            return kernels.distillation(block, with, weights, teacher, teacher_weights, crosses, out.value_or(Gradients{})).dscale;
+        });
+    });
+    module.def("workspace_bytes", [](const std::string& isa, const Block& block, bool ranks, bool sigmoid, bool distillation,
+                                     int threads) {
+        return kernels_named(isa).workspace_bytes(block, {threads}, {ranks, sigmoid, distillation});
+    }, "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "sigmoid"_a = false, "distillation"_a = false, "threads"_a);
+}
+
+void bind_cross_entropy(py::module_& module) {
+    module.def("symmetric_cross_entropy", [](Address row_lse, Address col_lse, Address positive, index_t n) {
+        return symmetric_cross_entropy(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive), n);
+    });
+    module.def("symmetric_cross_entropy_weights", [](Address row_lse, Address col_lse, Address positive, index_t n,
+                                                     index_t m, double gradient, Address row_weight,
+                                                     Address col_weight, Address positive_weight) {
+        symmetric_cross_entropy_weights(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
+                                        n, m, gradient, pointer<double>(row_weight), pointer<double>(col_weight),
+                                        pointer<double>(positive_weight));
+    });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "clipfast's compiled CPU kernels";
-    py::class_<Block>(module, "Block")
-        .def(py::init(&make_block), py::kw_only(), py::arg("dtype"), py::arg("product"), py::arg("n"), py::arg("m"), py::arg("d"),
-             py::arg("x"), py::arg("x_row_stride"), py::arg("x_col_stride"), py::arg("y"), py::arg("y_row_stride"),
-             py::arg("y_col_stride"), py::arg("scale"), py::arg("bias"), py::arg("diag_offset"));
     module.def("instruction_sets", [] {
         py::list names;
         for (const Kernels& kernels : instruction_sets()) names.append(py::make_tuple(kernels.name, kernels.available()));
         return names;
     });
-    module.def("forward", [](const std::string& isa, const Block& block, std::uintptr_t row_lse, std::uintptr_t col_lse,
-                             std::uintptr_t positive, int threads) {
-        const Kernels& kernels = kernels_named(isa);
-        py::gil_scoped_release unlocked;
-        kernels.forward(block, {pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive)},
-                        threads);
+    bind_nouns(module);
+    bind_passes(module);
+    bind_cross_entropy(module);
+    module.def("exp2", [](const std::string& isa, const std::string& dtype, Address x, Address out, index_t count) {
+        kernels_named(isa).exp2(dtype_from(dtype), pointer<void>(x), pointer<void>(out), count);
     });
-    module.def("backward", [](const std::string& isa, const Block& block, std::uintptr_t row_lse,
-                              std::uintptr_t row_weight, std::uintptr_t col_lse, std::uintptr_t col_weight,
-                              std::uintptr_t positive_weight, std::uintptr_t dx, std::uintptr_t dy, int threads) {
-        const Kernels& kernels = kernels_named(isa);
-        py::gil_scoped_release unlocked;
-        return kernels.backward(block,
-                                {pointer<double>(row_lse), pointer<double>(row_weight), pointer<double>(col_lse),
-                                 pointer<double>(col_weight), pointer<double>(positive_weight)},
-                                {pointer(dx), pointer(dy)}, threads);
+    module.def("softplus_and_sigmoid", [](const std::string& isa, const std::string& dtype, Address x, Address softplus,
+                                          Address sigmoid, index_t count) {
+        kernels_named(isa).softplus_and_sigmoid(dtype_from(dtype), pointer<void>(x), pointer<void>(softplus),
+                                                pointer<void>(sigmoid), count);
     });
-    module.def("symmetric_cross_entropy", [](std::uintptr_t row_lse, std::uintptr_t col_lse, std::uintptr_t positive,
-                                             index_t n) {
-        return symmetric_cross_entropy(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive), n);
-    });
-    module.def("symmetric_cross_entropy_weights", [](std::uintptr_t row_lse, std::uintptr_t col_lse,
-                                                     std::uintptr_t positive, index_t n, index_t m, double gradient,
-                                                     std::uintptr_t row_weight, std::uintptr_t col_weight,
-                                                     std::uintptr_t positive_weight) {
-        symmetric_cross_entropy_weights(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
-                                        n, m, gradient, pointer<double>(row_weight), pointer<double>(col_weight),
-                                        pointer<double>(positive_weight));
-    });
-    module.def("workspace_bytes", [](const std::string& isa, const std::string& dtype, const std::string& product,
-                                     index_t n, index_t m, index_t d, int threads) {
-        const Block block = make_block(dtype, product, n, m, d, 0, 0, 0, 0, 0, 0, 1, 0, 0);
-        return kernels_named(isa).workspace_bytes(block, threads);
-    });
-    module.def("exp2", [](const std::string& isa, const std::string& dtype, std::uintptr_t x, std::uintptr_t out,
-                          index_t count) { kernels_named(isa).exp2(dtype_from(dtype), pointer(x), pointer(out), count); });
 }

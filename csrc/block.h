@@ -24,21 +24,29 @@ struct Matrix {
 };
 
 struct Block {
-    DType dtype;  // of x, y, dx and dy
+    DType dtype;  // of x and y
     Product product;
     Matrix x;     // [n, d]
     Matrix y;     // [m, d]
     double scale, bias;
     index_t diag_offset;  // the positive of row i is column i + diag_offset, if that lies inside
+    const std::int32_t *row_ids = nullptr, *col_ids = nullptr;  // [n], [m], or neither
+    bool ignores_same_ids = true;  // pairs of one id off the diagonal are left out, or further positives
 
     index_t n() const { return x.rows; }
     index_t m() const { return y.rows; }
     index_t d() const { return x.cols; }
 };
 
+// The largest logit of each row's and each column's positives, in log2 units; an exact number of the compute type.
+struct Matches {
+    double *rows = nullptr, *cols = nullptr;  // [n], [m]
+};
+
 // Natural-log units.
 struct Statistics {
     double *row_lse, *col_lse, *positive;  // [n], [m], [n]
+    std::int32_t *row_above = nullptr, *col_above = nullptr;  // [n], [m]: counted where there are matches
 };
 
 // Natural-log units.
@@ -46,10 +54,26 @@ struct Weights {
     const double *row_lse, *row_weight;  // [n]
     const double *col_lse, *col_weight;  // [m]
     const double* positive_weight;       // [n]
+    const double *row_target = nullptr, *col_target = nullptr;  // [n], [m], of further positives
 };
 
 struct Gradients {
-    void *dx, *dy;  // [n, d], [m, d], contiguous, of the block's dtype
+    void *dx = nullptr, *dy = nullptr;  // [n, d], [m, d], contiguous
+    DType dtype = DType::float32;       // the block's, or the one its sums have
+};
+
+// The student's logits under the teacher's softmaxes.
+struct Crosses {
+    double *rows = nullptr, *cols = nullptr;  // [n], [m]
+};
+
+struct Scalars {
+    double dscale = 0, dbias = 0;
+};
+
+// What a pass beyond plain softmax statistics and gradients is asked for.
+struct Needs {
+    bool ranks = false, sigmoid = false, distillation = false;
 };
 
 }  // namespace clipfast

@@ -4,16 +4,27 @@
 #include <vector>
 
 #include "block.h"
+#include "parallel.h"
 
 namespace clipfast {
 
 struct Kernels {
     const char* name;
     bool (*available)();  // on this processor
-    void (*forward)(const Block& block, const Statistics& out, int threads);
-    double (*backward)(const Block& block, const Weights& in, const Gradients& out, int threads);  // returns dscale
-    index_t (*workspace_bytes)(const Block& block, int threads);
-    void (*exp2)(DType dtype, const void* x, void* out, index_t count);  // for tests: float32 or float64
+
+    void (*forward)(const Block&, const Execution&, const Matches&, const Statistics& out);
+    void (*matches)(const Block&, const Execution&, const Matches& out);
+    // Gradients are formed where they have a place.
+    Scalars (*backward)(const Block&, const Execution&, const Weights&, const Gradients& out);
+    Scalars (*sigmoid)(const Block&, const Execution&, double unit, double* row_loss, const Gradients& out);
+    Scalars (*distillation)(const Block&, const Execution&, const Weights&, const Block& teacher,
+                            const Weights& teacher_weights, const Crosses& crosses, const Gradients& out);
+    // What a pass holds at most, apart from its outputs; the teacher is as wide as the block.
+    index_t (*workspace_bytes)(const Block&, const Execution&, const Needs&);
+
+    // For tests, of float32 or float64.
+    void (*exp2)(DType dtype, const void* x, void* out, index_t count);
+    void (*softplus_and_sigmoid)(DType dtype, const void* x, void* softplus, void* sigmoid, index_t count);
 };
 
 const std::vector<Kernels>& instruction_sets();

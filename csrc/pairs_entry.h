@@ -2,8 +2,8 @@
 // Included once per instruction set, which has AVX-512 with bfloat16.
 #pragma once
 
+#include "entry.h"
 #include "pairs.h"
-#include "tile_loop.h"
 
 namespace clipfast {
 namespace {
@@ -18,39 +18,33 @@ template <class Isa>
 struct PairEntry {
     // Three products pay where one is so much faster than float32's. dscale comes from sum G (logit - bias), in which
     // x y^T must not have drowned in the bias.
-    template <class Visit, class Otherwise>
-    static auto with_kernel(const Block& block, int threads, const Visit& visit, const Otherwise& otherwise) {
+    template <class Pass, class Visit, class... Arguments>
+    static auto with_kernel(Pass pass, const Visit& visit, const Block& block, const Execution& execution,
+                            const Arguments&... arguments) {
+        const auto otherwise = [&] { return (avx512().*pass)(block, execution, arguments...); };
         if (std::fabs(block.scale) <= std::max(1e-30, std::fabs(block.bias) / 1024)) return otherwise();
         if (block.product == Product::bfloat16 && block.dtype == DType::bfloat16)
-            return visit(Kernel<PairTile<Isa, 1>, bfloat16>(block, threads));
+            return visit(Kernel<PairTile<Isa, 1>, bfloat16>(block, execution));
         if (block.product == Product::bfloat16 && block.dtype == DType::float32)
-            return visit(Kernel<PairTile<Isa, 1>, float>(block, threads));
+            return visit(Kernel<PairTile<Isa, 1>, float>(block, execution));
         if constexpr (Isa::kSplitsFloat32)
             if (block.product == Product::bfloat16x3 && block.dtype == DType::float32)
-                return visit(Kernel<PairTile<Isa, 2>, float>(block, threads));
+                return visit(Kernel<PairTile<Isa, 2>, float>(block, execution));
         return otherwise();
     }
 
-    static void forward(const Block& block, const Statistics& out, int threads) {
-        with_kernel(
-            block, threads, [&](auto&& kernel) { kernel.forward(out); },
-            [&] { avx512().forward(block, out, threads); });
-    }
-
-    static double backward(const Block& block, const Weights& in, const Gradients& out, int threads) {
-        return with_kernel(
-            block, threads, [&](auto&& kernel) { return kernel.backward(in, out); },
-            [&] { return avx512().backward(block, in, out, threads); });
-    }
-
-    static index_t workspace_bytes(const Block& block, int threads) {
-        return with_kernel(
-            block, threads, [](auto&& kernel) { return kernel.workspace_bytes(); },
-            [&] { return avx512().workspace_bytes(block, threads); });
+    // Whatever the scale and bias.
+    static index_t workspace_bytes(const Block& block, const Execution& execution, const Needs& needs) {
+        return std::max(Passes<PairEntry>::workspace_bytes(block, execution, needs),
+                        avx512().workspace_bytes(block, execution, needs));
     }
 
     static Kernels kernels(const char* name, bool (*available)()) {
-        return {name, available, forward, backward, workspace_bytes, avx512().exp2};
+        using P = Passes<PairEntry>;
+        const Kernels others = avx512();
+        return {name,        available,  P::forward,      P::matches,
+                P::backward, P::sigmoid, P::distillation, workspace_bytes,
+                others.exp2, others.softplus_and_sigmoid};
     }
 };
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <system_error>
 #include <thread>
@@ -15,6 +16,15 @@
 #include "block.h"
 
 namespace clipfast {
+
+// On how many threads a pass runs, and whom its caller's thread asks now and then whether to give it up.
+struct Execution {
+    int threads;
+    bool (*interrupted)() = nullptr;
+};
+
+// What a pass that was given up throws, in the caller's thread, after all others have left it.
+struct Interrupted {};
 
 // GNU OpenMP's entry point, which LLVM's and Intel's offer too: run(data) in each of `threads` threads.
 using OpenMP = void (*)(void (*run)(void*), void* data, unsigned threads, unsigned flags);
@@ -28,22 +38,40 @@ inline OpenMP loaded_openmp() {
     return getpid() == kLoadedIn ? entry : nullptr;
 }
 
-// At most `threads` threads that take the tasks of a loop between them.
+// At most so many threads that take the tasks of a loop between them.
 class Team {
   public:
-    explicit Team(int threads) : threads_(threads), openmp_(loaded_openmp()) {}
+    explicit Team(const Execution& execution)
+        : threads_(execution.threads), interrupted_(execution.interrupted), openmp_(loaded_openmp()) {}
 
     // Calls task(worker, index) for every index in [0, tasks); worker < threads numbers the thread that runs it.
-    void for_each(index_t tasks, const std::function<void(int, index_t)>& task) const {
-        Loop loop{tasks, task};
+    void for_each(index_t tasks, const std::function<void(int, index_t)>& task) {
+        Loop loop{*this, tasks, task};
         const auto workers = static_cast<int>(std::min<index_t>(threads_, tasks));
         if (workers <= 1) loop.run();
         else if (openmp_) openmp_([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, workers, 0);
         else run_in_threads(loop, workers);
+        if (stopped_) throw Interrupted{};
+    }
+
+    // Whether the pass is given up. Every loop asks between its tasks; a task of more than a tenth of a second asks too.
+    bool stopped() {
+        if (interrupted_ && std::this_thread::get_id() == caller_) {
+            const auto now = Clock::now();
+            if (now - asked_ > kPatience) {
+                if (interrupted_()) stopped_.store(true, std::memory_order_relaxed);
+                asked_ = now;
+            }
+        }
+        return stopped_.load(std::memory_order_relaxed);
     }
 
   private:
+    using Clock = std::chrono::steady_clock;
+    static constexpr auto kPatience = std::chrono::milliseconds(100);
+
     struct Loop {
+        Team& team;
         const index_t tasks;
         const std::function<void(int, index_t)>& task;
         std::atomic<index_t> next{0};
@@ -51,7 +79,8 @@ class Team {
 
         void run() {
             const int worker = workers.fetch_add(1, std::memory_order_relaxed);
-            for (index_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(worker, i);
+            for (index_t i; !team.stopped() && (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+                task(worker, i);
         }
     };
 
@@ -68,7 +97,11 @@ class Team {
     }
 
     const int threads_;
+    bool (*const interrupted_)();
     const OpenMP openmp_;
+    const std::thread::id caller_ = std::this_thread::get_id();
+    Clock::time_point asked_ = Clock::now();  // the caller's thread alone reads and writes it
+    std::atomic<bool> stopped_{false};
 };
 
 }  // namespace clipfast

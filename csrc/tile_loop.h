@@ -1,28 +1,20 @@
-// The blockwise symmetric cross-entropy statistics and their gradient, forward and backward: the algorithm, once, for
-// any kind of product (tiles.h). What is computed: clipfast/backends/__init__.py.
+// The passes over a block's logits, once for every objective and any kind of product (tiles.h): form a group of logits,
+// hand it to the objective while it is in the first-level cache, and where gradients are wanted take the products with
+// the G that the objective made of it. What is computed: clipfast/backends/__init__.py.
 //
-// The logits go in chunks, a chunk in panels of kWidth columns, a panel in groups of up to kGroup rows. A thread forms a
-// group by a register-blocked product (tiles.h), and the epilogue runs on it while it is in the first-level cache
-// (logits.h). Forward costs one product. Backward forms G of a chunk, all panels in memory, then adds G y to dx and
-// G^T x to dy: three products. Every number is written by one task and added up in one order, whatever the threads do.
+// A scan costs one product. Gradients cost three: G of a chunk is formed whole, all panels in memory, then G y is added
+// to dx and G^T x to dy. Every number is written by one task and added up in one order, whatever the threads do.
 //
-// Operands are packed once per chunk. A task's left operand stays in the second-level cache (kBlockBytes), so that what
-// it reads from beyond is a small part of what it computes.
+// An objective (softmax.h, sigmoid.h, ...) says which memory it needs (place), hears where the pass is (Objective), and
+// takes a group (take) or replaces its logits by G (to_gradient). Where the product rounds G, to_gradient returns
+// sum G (logit - bias), of G before that, in log2 units.
 #pragma once
 
+#include "chunks.h"
 #include "kernels.h"
-#include "logits.h"
-#include "parallel.h"
 
 namespace clipfast {
 namespace {
-
-constexpr index_t kChunkRows = 4096;         // at most
-constexpr index_t kChunkBytes = 16 << 20;    // of G, about
-constexpr index_t kBlockBytes = 512 << 10;   // of a task's left operand, at most
-constexpr index_t kBlockRows = 256;          // of a task, at most
-constexpr index_t kTasksPerThread = 4;       // at least, where there is so much to do
-constexpr index_t kFlopsPerThread = 1'000'000;  // below it a thread costs more than it brings
 
 template <class Tiles, class Element>
 class Kernel {
@@ -34,171 +26,140 @@ class Kernel {
     static constexpr index_t kWidth = Tiles::kWidth;
     static constexpr index_t kBlockCols = kBlockRows / kWidth * kWidth;
     static constexpr bool kApart = !std::is_same_v<T, Element>;  // gradients are added up in T and rounded once
-    static_assert(kBlockRows % kGroup == 0);
 
   public:
-    Kernel(const Block& block, int threads)
+    Kernel(const Block& block, const Execution& execution)
         : block_(block),
           d_(block.d()),
-          row_size_(Tiles::operands(d_)),
-          threads_(std::clamp<index_t>(2 * block.n() * block.m() * d_ / kFlopsPerThread, 1, threads)),
           scale_(T(block.scale)),
-          logits_(block),
-          chunk_rows_(round_up(std::min(block.n(), kChunkRows), kGroup)),
-          chunk_cols_(std::min(round_up(block.m(), kWidth),
-                               round_up(kChunkBytes / (chunk_rows_ * index_t{sizeof(T)}), kWidth))),
-          block_rows_(std::clamp(kBlockBytes / (row_size_ * index_t{sizeof(Operand)}) / kGroup * kGroup, kGroup, kBlockRows)) {}
+          chunks_(block, execution.threads),
+          rows_(block),
+          team_({chunks_.threads, execution.interrupted}) {}
 
-    void forward(const Statistics& out) {
-        const index_t n = block_.n(), m = block_.m();
-        Team team(threads_);
-        Buffer memory(forward_bytes());
-        Operand *x_pack = memory.take<Operand>(chunk_rows_ * row_size_), *y_pack = memory.take<Operand>(chunk_cols_ * row_size_);
-        T* logits = memory.take<T>(threads_ * kGroup * kWidth);
-        // A row's sums per panel of a chunk, a column's per block of rows.
-        Sums<T, W> rows_sums(chunk_cols_ / kWidth, chunk_rows_);
-        Sums<T, W> cols_sums(ceil_div(chunk_rows_, block_rows_), round_up(m, kWidth));
-        std::fill(out.positive, out.positive + n, 0.0);
-        for (index_t first = 0; first < n; first += chunk_rows_) {
-            const index_t rows = std::min(chunk_rows_, n - first);
-            pack_left(team, first, rows, x_pack);
-            rows_sums.clear();
-            for (index_t column = 0; column < m; column += chunk_cols_) {
-                const index_t cols = std::min(chunk_cols_, m - column);
-                pack_right(team, column, cols, y_pack);
-                for_groups(team, first, rows, column, cols, [&](int worker, auto group, index_t row, index_t panel) {
-                    group.s = logits + worker * kGroup * kWidth;
-                    logits_.form(group, x_pack + row * row_size_, y_pack + panel * kWidth * row_size_);
-                    group.for_positives([&](index_t i, T& logit) {
-                        out.positive[first + row + i] = double(logit) * kLn2;
-                    });
-                    logits_.add_sums(group, rows_sums, panel, row, cols_sums, row / block_rows_,
-                                     column + panel * kWidth);
+    const Chunks<Tiles>& chunks() const { return chunks_; }
+    const Logits<Tiles>& logits() const { return rows_.logits(); }
+
+    // Hands every group of logits to the objective.
+    template <class Objective>
+    void scan(Objective& objective) {
+        const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer, objective); });
+        objective.begin(team_);
+        for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
+            const index_t rows = std::min(chunks_.rows, chunks_.n - first);
+            rows_.pack_left(team_, first, rows);
+            objective.begin_rows(team_, first, rows);
+            for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
+                const index_t cols = std::min(chunks_.cols, chunks_.m - column);
+                rows_.pack_right(team_, column, cols);
+                objective.begin_cols(team_, column, cols);
+                chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
+                    if (!objective.wants(group)) return;
+                    group.s = scratch(at);
+                    rows_.form(group, at);
+                    objective.take(group, at);
                 });
             }
-            team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
-                const index_t end = std::min(rows, (group + 1) * kGroup);
-                rows_sums.log_merged(group * kGroup, end, out.row_lse + first);
-            });
+            objective.end_rows(team_, first, rows);
         }
-        team.for_each(ceil_div(m, kBlockCols), [&](int, index_t task) {
-            cols_sums.log_merged(task * kBlockCols, std::min(m, (task + 1) * kBlockCols), out.col_lse);
-        });
+        objective.end(team_);
     }
 
-    // Returns dscale.
-    double backward(const Weights& in, const Gradients& out) {
-        const index_t n = block_.n(), m = block_.m(), width_d = round_up(d_, W);
-        Team team(threads_);
-        Buffer memory(backward_bytes());
-        Operand *x_pack = memory.take<Operand>(chunk_rows_ * row_size_), *y_pack = memory.take<Operand>(chunk_cols_ * row_size_);
-        Operand *x_rows = memory.take<Operand>(packed(chunk_rows_, width_d)), *y_rows = memory.take<Operand>(packed(chunk_cols_, width_d));
-        const Gradient gradient(memory.take<Operand>(Gradient::operands(chunk_rows_, chunk_cols_)), chunk_rows_, chunk_cols_);
-        T* logits = memory.take<T>(threads_ * kGroup * kWidth);
-        T* dx_apart = kApart ? memory.take<T>(chunk_rows_ * d_) : nullptr;
-        T* dy = kApart ? memory.take<T>(m * d_) : static_cast<T*>(out.dy);
-        const Side<T> rows_side = round_side(team, in.row_lse, in.row_weight, n, memory);
-        const Side<T> cols_side = round_side(team, in.col_lse, in.col_weight, m, memory);
-        clear(team, m, dy);
-        // The groups' parts of dscale = sum G x y^T: x^T (G y), or where the product rounds G, in float32 before that.
+    // The gradients of the objective; returns dscale.
+    template <class Objective>
+    double differentiate(Objective& objective, const Gradients& out) {
+        const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer, objective), place_products(buffer); });
+        objective.begin(team_);
+        // Where the gradients are wanted as they are added up, they need no place apart.
+        const bool apart = kApart && out.dtype == block_.dtype;
+        T* const dy = apart ? dy_apart_ : static_cast<T*>(out.dy);
+        clear(chunks_.m, dy);
         double dscale = 0;
-        const index_t panels = ceil_div(chunk_cols_, kWidth);
-        std::vector<double> dots(chunk_rows_ / kGroup * (Tiles::kRounds ? panels : 1));
-        for (index_t first = 0; first < n; first += chunk_rows_) {
-            const index_t rows = std::min(chunk_rows_, n - first);
-            T* dx = kApart ? dx_apart : static_cast<T*>(out.dx) + first * d_;
-            clear(team, rows, dx);
-            pack_left(team, first, rows, x_pack);
-            pack_rows(team, block_.x, first, rows, Tiles::kRowStep, chunk_rows_, x_rows);
-            for (index_t column = 0; column < m; column += chunk_cols_) {
-                const index_t cols = std::min(chunk_cols_, m - column);
-                pack_right(team, column, cols, y_pack);
-                pack_rows(team, block_.y, column, cols, Tiles::kColStep, chunk_cols_, y_rows);
-                for_groups(team, first, rows, column, cols, [&](int worker, auto group, index_t row, index_t panel) {
-                    group.s = gradient.place(panel, row, logits + worker * kGroup * kWidth);
-                    logits_.form(group, x_pack + row * row_size_, y_pack + panel * kWidth * row_size_);
-                    const T dot = logits_.to_gradient(group, rows_side, cols_side, in.positive_weight, first + row,
-                                                      column + panel * kWidth);
-                    if constexpr (Tiles::kRounds) dots[row / kGroup * panels + panel] = logits_.product(dot);
-                    gradient.keep(group, panel, row);
-                });
-                if constexpr (Tiles::kRounds) dscale += take_sum(dots);
-                add_products(team, rows, cols, gradient, x_rows, y_rows, dx, dy + column * d_);
+        for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
+            const index_t rows = std::min(chunks_.rows, chunks_.n - first);
+            T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
+            clear(rows, dx);
+            rows_.pack_left(team_, first, rows);
+            pack_rows(block_.x, first, rows, Tiles::kRowStep, chunks_.rows, x_rows_);
+            objective.begin_rows(team_, first, rows);
+            for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
+                const index_t cols = std::min(chunks_.cols, chunks_.m - column);
+                rows_.pack_right(team_, column, cols);
+                pack_rows(block_.y, column, cols, Tiles::kColStep, chunks_.cols, y_rows_);
+                objective.begin_cols(team_, column, cols);
+                dscale += form_gradient(objective, first, column);
+                add_products(rows, cols, dx, dy + column * d_);
             }
-            team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
-                const index_t row = group * kGroup;
-                const double dot = finish_rows(first + row, std::min(kGroup, rows - row), dx + row * d_,
-                                               static_cast<Element*>(out.dx));
-                if constexpr (!Tiles::kRounds) dots[group] = dot;
-            });
-            if constexpr (!Tiles::kRounds) dscale += take_sum(dots);
+            objective.end_rows(team_, first, rows);
+            if (apart) dscale += finish_dx(first, rows, dx, static_cast<Element*>(out.dx));
+            else dscale += finish_dx(first, rows, dx, static_cast<T*>(out.dx));
         }
-        team.for_each(ceil_div(m, kGroup), [&](int, index_t group) {
-            const index_t end = std::min(m, (group + 1) * kGroup) * d_;
-            for (index_t i = group * kGroup * d_; i < end; ++i)
-                static_cast<Element*>(out.dy)[i] = store<Element>(scale_ * dy[i]);
-        });
+        objective.end(team_);
+        if (apart) finish_dy(dy, static_cast<Element*>(out.dy));
+        else finish_dy(dy, static_cast<T*>(out.dy));
         return dscale;
     }
 
-    // What a pass holds at most, apart from its outputs.
-    index_t workspace_bytes() const { return std::max(forward_bytes(), backward_bytes()); }
+    // Either, as gradients are wanted or not; returns dscale.
+    template <class Objective>
+    double run(Objective& objective, const Gradients& out) {
+        if (out.dx) return differentiate(objective, out);
+        scan(objective);
+        return 0;
+    }
+
+    // What the passes hold, apart from their outputs.
+    template <class Objective>
+    index_t scan_bytes(Objective& objective) {
+        return Buffer::bytes([&](Buffer& buffer) { place(buffer, objective); });
+    }
+    template <class Objective>
+    index_t differentiate_bytes(Objective& objective) {
+        return Buffer::bytes([&](Buffer& buffer) { place(buffer, objective), place_products(buffer); });
+    }
 
   private:
-    // All buffers that grow with the block.
-    index_t forward_bytes() const {
-        return index_t{sizeof(Operand)} * (chunk_rows_ + chunk_cols_) * row_size_ +
-               index_t{sizeof(T)} * threads_ * kGroup * kWidth + kBufferSlack;
+    template <class Objective>
+    void place(Buffer& buffer, Objective& objective) {
+        rows_.place(buffer, chunks_);
+        scratch_ = buffer.take<T>(chunks_.threads * kGroup * kWidth);
+        objective.place(buffer);
     }
-    index_t backward_bytes() const {
-        const index_t gradient = Gradient::operands(chunk_rows_, chunk_cols_);
-        const index_t width_d = round_up(d_, W), rows = packed(chunk_rows_, width_d) + packed(chunk_cols_, width_d);
-        const index_t apart = kApart ? (chunk_rows_ + block_.m()) * d_ : 0;
-        const index_t sides = 2 * (block_.n() + block_.m());
-        return forward_bytes() + index_t{sizeof(Operand)} * (gradient + rows) + index_t{sizeof(T)} * (apart + sides);
+    void place_products(Buffer& buffer) {
+        const index_t width_d = round_up(d_, W);
+        x_rows_ = buffer.take<Operand>(packed(chunks_.rows, width_d));
+        y_rows_ = buffer.take<Operand>(packed(chunks_.cols, width_d));
+        gradient_ = Gradient(buffer.take<Operand>(Gradient::operands(chunks_.rows, chunks_.cols)), chunks_.rows,
+                             chunks_.cols);
+        if constexpr (kApart) dx_apart_ = buffer.take<T>(chunks_.rows * d_), dy_apart_ = buffer.take<T>(chunks_.m * d_);
+        dots_ = buffer.take<double>(dots());
     }
+
     // Operands in which `rows` rows by `cols` columns are packed for G y or G^T x.
     static index_t packed(index_t rows, index_t cols) { return Tiles::kParts * rows * cols / Tiles::kTerms; }
 
-    // The sum of the parts that there were, and zeros in their place: the next chunk may have fewer.
-    static double take_sum(std::vector<double>& parts) {
-        const double sum = std::accumulate(parts.begin(), parts.end(), 0.0);
-        std::fill(parts.begin(), parts.end(), 0.0);
-        return sum;
-    }
+    T* scratch(const Place& at) const { return scratch_ + at.worker * kGroup * kWidth; }
 
-    static Side<T> round_side(Team& team, const double* lse, const double* weight, index_t count, Buffer& memory) {
-        T *rounded_lse = memory.take<T>(count), *rounded_weight = memory.take<T>(count);
-        team.for_each(ceil_div(count, kBlockRows), [&](int, index_t task) {
-            const index_t begin = task * kBlockRows, end = std::min(count, begin + kBlockRows);
-            Side<T>::round(lse, weight, begin, end, rounded_lse, rounded_weight);
-        });
-        return {rounded_lse, rounded_weight};
-    }
+    // Parts of dscale = sum G x y^T: a group's where the product rounds G, before that; else x^T (G y) of its rows.
+    index_t dots() const { return chunks_.rows / kGroup * (Tiles::kRounds ? chunks_.panels : 1); }
 
-    void pack_left(Team& team, index_t first, index_t rows, Operand* out) const {
-        team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
-            const index_t row = group * kGroup, count = std::min(kGroup, rows - row);
-            Tiles::template pack_left<Element>(block_.x, first + row, count, out + row * row_size_);
+    // G of a chunk. Returns its part of dscale where the product rounds G, else 0.
+    template <class Objective>
+    double form_gradient(Objective& objective, index_t first, index_t column) {
+        std::fill(dots_, dots_ + dots(), 0.0);
+        chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
+            group.s = gradient_.place(at.panel, at.row, scratch(at));
+            rows_.form(group, at);
+            const T dot = objective.to_gradient(group, at);
+            if constexpr (Tiles::kRounds) dots_[at.row / kGroup * chunks_.panels + at.panel] = rows_.logits().product(dot);
+            gradient_.keep(group, at.panel, at.row);
         });
-    }
-
-    // A panel after the other.
-    void pack_right(Team& team, index_t column, index_t cols, Operand* out) const {
-        team.for_each(ceil_div(cols, kWidth), [&](int, index_t panel) {
-            const index_t first = panel * kWidth, count = std::min(kWidth, cols - first);
-            Tiles::with_vectors(count, [&](auto vectors) {
-                Tiles::template pack_right<Element, vectors.value>(block_.y, column + first, count,
-                                                                   out + first * row_size_);
-            });
-        });
+        return std::accumulate(dots_, dots_ + dots(), 0.0);
     }
 
     // A panel of up to kWidth of the d columns after the other, zeros up to a multiple of `step` rows.
-    void pack_rows(Team& team, const Matrix& a, index_t first, index_t rows, index_t step, index_t capacity,
-                   Operand* out) const {
+    void pack_rows(const Matrix& a, index_t first, index_t rows, index_t step, index_t capacity, Operand* out) {
         const index_t blocks = ceil_div(rows, kBlockRows);
-        team.for_each(blocks * ceil_div(d_, kWidth), [&](int, index_t task) {
+        team_.for_each(blocks * ceil_div(d_, kWidth), [&](int, index_t task) {
             const index_t col = task / blocks * kWidth, row = task % blocks * kBlockRows;
             const index_t cols = std::min(kWidth, d_ - col), count = std::min(kBlockRows, rows - row);
             const index_t padded = row + count < rows ? count : round_up(rows, step) - row;
@@ -209,84 +170,75 @@ class Kernel {
         });
     }
 
-    void clear(Team& team, index_t rows, T* gradient) const {
-        team.for_each(ceil_div(rows, kBlockRows), [&](int, index_t task) {
+    void clear(index_t rows, T* gradient) {
+        team_.for_each(ceil_div(rows, kBlockRows), [&](int, index_t task) {
             const index_t end = std::min(rows, (task + 1) * kBlockRows);
             std::fill(gradient + task * kBlockRows * d_, gradient + end * d_, T(0));
         });
     }
 
-    // In how many parts to do what `blocks` tasks would do, so that there are tasks for all threads.
-    index_t parts(index_t blocks, index_t panels) const {
-        return std::clamp(ceil_div(kTasksPerThread * threads_, blocks), index_t{1}, panels);
-    }
-
-    // Calls visit(worker, group without its logits, row, panel) for all groups of a chunk.
-    template <class Visit>
-    void for_groups(Team& team, index_t first, index_t rows, index_t column, index_t cols, const Visit& visit) const {
-        const index_t panels = ceil_div(cols, kWidth), blocks = ceil_div(rows, block_rows_);
-        const index_t share = ceil_div(panels, parts(blocks, panels));
-        team.for_each(blocks * ceil_div(panels, share), [&](int worker, index_t task) {
-            [[maybe_unused]] const typename Tiles::Session session;
-            const index_t row = task % blocks * block_rows_, begin = task / blocks * share;
-            for (index_t panel = begin; panel < std::min(panels, begin + share); ++panel) {
-                const index_t count = std::min(kWidth, cols - panel * kWidth);
-                Tiles::with_vectors(count, [&](auto vectors) {
-                    for (index_t r = row; r < std::min(rows, row + block_rows_); r += kGroup)
-                        visit(worker,
-                              Group<Tiles, vectors.value>{nullptr, std::min(kGroup, rows - r), count,
-                                                           first + r + block_.diag_offset - column - panel * kWidth},
-                              r, panel);
-                });
-            }
-        });
-    }
-
     // dx += G y and dy += G^T x for a chunk. A task has a block of rows of dx or dy, and a part of the d columns.
-    void add_products(Team& team, index_t rows, index_t cols, const Gradient& gradient, const Operand* x_rows,
-                      const Operand* y_rows, T* dx, T* dy) const {
+    void add_products(index_t rows, index_t cols, T* dx, T* dy) {
         const index_t panels = ceil_div(d_, kWidth);
         const index_t dx_blocks = ceil_div(rows, kBlockRows), dy_blocks = ceil_div(cols, kBlockCols);
-        const index_t share = ceil_div(panels, parts(dx_blocks + dy_blocks, panels));
-        const index_t dx_depth = Tiles::depth(block_.m()), dy_depth = Tiles::depth(block_.n());
+        const index_t share = ceil_div(panels, chunks_.parts(dx_blocks + dy_blocks, panels));
         // The blocks of dy come first: they are larger.
-        team.for_each((dx_blocks + dy_blocks) * ceil_div(panels, share), [&](int, index_t task) {
+        team_.for_each((dx_blocks + dy_blocks) * ceil_div(panels, share), [&](int, index_t task) {
             [[maybe_unused]] const typename Tiles::Session session;
             const index_t block = task % (dx_blocks + dy_blocks), part = task / (dx_blocks + dy_blocks);
             const index_t begin = part * share, end = std::min(panels, begin + share);
-            if (block < dy_blocks) {
-                const index_t first = block * kBlockCols, last = std::min(cols, first + kBlockCols);
-                for (index_t k = 0; k < rows; k += dy_depth)
-                    for_panels(begin, end, [&](auto vectors, index_t c, index_t count) {
-                        const Operand* x = x_rows + packed(chunk_rows_, c);
-                        for (index_t j = first; j < last; j += kRows)
-                            gradient.template add_cols<vectors.value>(j, k, std::min(dy_depth, rows - k), x, chunk_rows_,
-                                                                      dy + j * d_ + c, d_, last - j, count);
-                    });
-            } else {
-                const index_t first = (block - dy_blocks) * kBlockRows, last = std::min(rows, first + kBlockRows);
-                for (index_t k = 0; k < cols; k += dx_depth)
-                    for_panels(begin, end, [&](auto vectors, index_t c, index_t count) {
-                        const Operand* y = y_rows + packed(chunk_cols_, c);
-                        for (index_t i = first; i < last; i += kRows)
-                            gradient.template add_rows<vectors.value>(i, k, std::min(dx_depth, cols - k), y, chunk_cols_,
-                                                                      dx + i * d_ + c, d_, last - i, count);
-                    });
-            }
+            if (block < dy_blocks) add_to_dy(block * kBlockCols, rows, cols, begin, end, dy);
+            else add_to_dx((block - dy_blocks) * kBlockRows, rows, cols, begin, end, dx);
         });
     }
 
-    // Calls visit(std::integral_constant<int, vectors>, first column, columns) for panels of the d columns.
-    template <class Visit>
-    void for_panels(index_t begin, index_t end, const Visit& visit) const {
-        for (index_t panel = begin; panel < end; ++panel) {
-            const index_t c = panel * kWidth, count = std::min(kWidth, d_ - c);
-            Tiles::with_vectors(count, [&](auto vectors) { visit(vectors, c, count); });
-        }
+    // Rows of dx from `first` on, panels [begin, end) of their columns.
+    void add_to_dx(index_t first, index_t rows, index_t cols, index_t begin, index_t end, T* dx) {
+        const index_t last = std::min(rows, first + kBlockRows), depth = Tiles::depth(chunks_.m);
+        for_terms(cols, depth, begin, end, [&](auto vectors, index_t k, index_t terms, index_t c, index_t count) {
+            const Operand* y = y_rows_ + packed(chunks_.cols, c);
+            for (index_t i = first; i < last; i += kRows)
+                gradient_.template add_rows<vectors.value>(i, k, terms, y, chunks_.cols, dx + i * d_ + c, d_, last - i,
+                                                           count);
+        });
     }
 
-    // Writes dx = scale G y of `count` rows and returns their part of dscale.
-    double finish_rows(index_t first, index_t count, const T* gradient_y, Element* dx) const {
+    // The same of dy.
+    void add_to_dy(index_t first, index_t rows, index_t cols, index_t begin, index_t end, T* dy) {
+        const index_t last = std::min(cols, first + kBlockCols), depth = Tiles::depth(chunks_.n);
+        for_terms(rows, depth, begin, end, [&](auto vectors, index_t k, index_t terms, index_t c, index_t count) {
+            const Operand* x = x_rows_ + packed(chunks_.rows, c);
+            for (index_t j = first; j < last; j += kRows)
+                gradient_.template add_cols<vectors.value>(j, k, terms, x, chunks_.rows, dy + j * d_ + c, d_, last - j,
+                                                           count);
+        });
+    }
+
+    // Calls visit(std::integral_constant<int, vectors>, k, terms, c, columns) for up to `depth` terms of the sums, from k
+    // on, and panels of the d columns, from c on.
+    template <class Visit>
+    void for_terms(index_t all, index_t depth, index_t begin, index_t end, const Visit& visit) {
+        for (index_t k = 0; k < all; k += depth)
+            for (index_t panel = begin; panel < end && !team_.stopped(); ++panel) {
+                const index_t c = panel * kWidth, count = std::min(kWidth, d_ - c);
+                Tiles::with_vectors(count, [&](auto vectors) { visit(vectors, k, std::min(depth, all - k), c, count); });
+            }
+    }
+
+    // Writes dx = scale G y of a chunk. Returns x^T (G y), dscale's part where the product does not round G; else 0.
+    template <class Out>
+    double finish_dx(index_t first, index_t rows, const T* gradient_y, Out* dx) {
+        std::fill(dots_, dots_ + dots(), 0.0);
+        team_.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
+            const index_t row = group * kGroup;
+            const double dot = finish_rows(first + row, std::min(kGroup, rows - row), gradient_y + row * d_, dx);
+            if constexpr (!Tiles::kRounds) dots_[group] = dot;
+        });
+        return std::accumulate(dots_, dots_ + dots(), 0.0);
+    }
+
+    template <class Out>
+    double finish_rows(index_t first, index_t count, const T* gradient_y, Out* dx) const {
         using Double = Vector<double, W>;
         Double dot = {};
         for (index_t i = 0; i < count; ++i, gradient_y += d_) {
@@ -301,14 +253,25 @@ class Kernel {
         return reduce<double, W>(dot, [](auto a, auto b) { return a + b; });
     }
 
+    template <class Out>
+    void finish_dy(const T* gradient_x, Out* dy) {
+        team_.for_each(ceil_div(chunks_.m, kGroup), [&](int, index_t group) {
+            const index_t end = std::min(chunks_.m, (group + 1) * kGroup) * d_;
+            for (index_t i = group * kGroup * d_; i < end; ++i) dy[i] = store<Out>(scale_ * gradient_x[i]);
+        });
+    }
+
     Block block_;
     index_t d_;
-    index_t row_size_;  // operands per row of x or y in their product
-    int threads_;
     T scale_;
-    Logits<Tiles> logits_;
-    index_t chunk_rows_, chunk_cols_;
-    index_t block_rows_;  // of a task that forms logits
+    Chunks<Tiles> chunks_;
+    PackedRows<Tiles, Element> rows_;
+    Team team_;
+    T* scratch_ = nullptr;  // a group of logits for each thread
+    Operand *x_rows_ = nullptr, *y_rows_ = nullptr;
+    Gradient gradient_{nullptr, 0, 0};
+    T *dx_apart_ = nullptr, *dy_apart_ = nullptr;
+    double* dots_ = nullptr;
 };
 
 }  // namespace

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clipfast.block import Block, Gradients, Matches, Statistics, Weights
-from clipfast.problem import Problem
+from clipfast.block import (
+    IGNORE,
+    Block,
+    DistillationPass,
+    Gradients,
+    Matches,
+    SigmoidPass,
+    Statistics,
+    Weights,
+    gradient_dtypes,
+)
+from clipfast.problem import DISTILLATION, RANKS, SIGMOID, Problem, accumulation_dtype
 
 try:
     from clipfast import _cpu
@@ -61,7 +73,6 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
         instruction_set()
     if problem.device.type != "cpu":
         reasons.append(f"runs on CPU tensors only, the inputs are on {problem.device}")
-    reasons += [f"has no {need} yet" for need in sorted(problem.needs)]
     return tuple(reasons)
 
 
@@ -74,48 +85,79 @@ def folds_norms(dtype: torch.dtype) -> bool:
 
 
 def workspace_bytes(problem: Problem) -> int:
+    x, y = (_cpu.Matrix(0, rows, problem.d, problem.d, 1) for rows in (problem.n, problem.m))
+    block = _cpu.Block(dtype=_name(problem.dtype), product=_product(problem.dtype), x=x, y=y)
     return _cpu.workspace_bytes(
         instruction_set(),
-        _name(problem.dtype),
-        _product(problem.dtype),
-        problem.n,
-        problem.m,
-        problem.d,
-        torch.get_num_threads(),
+        block,
+        ranks=RANKS in problem.needs,
+        sigmoid=SIGMOID in problem.needs,
+        distillation=DISTILLATION in problem.needs,
+        threads=torch.get_num_threads(),
     )
 
 
 def forward(block: Block, matches: Matches | None = None) -> Statistics:
-    row_lse, col_lse, positive = (
-        torch.empty(size, dtype=torch.float64, device="cpu") for size in (block.n, block.m, block.n)
-    )
-    _cpu.forward(
-        instruction_set(),
-        _block(block),
-        row_lse.data_ptr(),
-        col_lse.data_ptr(),
-        positive.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return Statistics(row_lse, col_lse, positive)
+    row_lse, col_lse, positive = (_vector(size) for size in (block.n, block.m, block.n))
+    above: tuple[Tensor, ...] = ()
+    thresholds = _cpu.Matches()
+    if matches is not None:
+        rows, cols = (t.contiguous() for t in matches)
+        above = tuple(_vector(size, torch.int32) for size in (block.n, block.m))
+        thresholds = _cpu.Matches(rows.data_ptr(), cols.data_ptr())
+    statistics = Statistics(row_lse, col_lse, positive, *above)
+    out = _cpu.Statistics(*_addresses(statistics))
+    _cpu.forward(instruction_set(), _block(block), thresholds, out, torch.get_num_threads())
+    return statistics
+
+
+def matches(block: Block) -> Matches:
+    best = Matches(_vector(block.n), _vector(block.m))
+    _cpu.matches(instruction_set(), _block(block), _cpu.Matches(*_addresses(best)), torch.get_num_threads())
+    return best
 
 
 def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
-    row_lse, row_weight, col_lse, col_weight, positive_weight = (t.contiguous() for t in weights[:5])
-    dx, dy = block.x.new_empty(block.x.shape), block.y.new_empty(block.y.shape)
-    dscale = _cpu.backward(
+    weights = _contiguous(weights)
+    dx, dy, out = _gradients(block, dtype)
+    addresses = _cpu.Weights(*_addresses(weights))
+    dscale = _cpu.backward(instruction_set(), _block(block), addresses, out, torch.get_num_threads())
+    return Gradients(dx, dy, _scalar(dscale, block.scale))
+
+
+def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> SigmoidPass:
+    row_loss = _vector(block.n)
+    dx, dy, out = _gradients(block, dtype) if gradients else (None, None, None)
+    dscale, dbias = _cpu.sigmoid(
+        instruction_set(), _block(block), unit, row_loss.data_ptr(), out, torch.get_num_threads()
+    )
+    if dx is None or dy is None:
+        return SigmoidPass(row_loss, None, None)
+    return SigmoidPass(row_loss, Gradients(dx, dy, _scalar(dscale, block.scale)), row_loss.new_full((), dbias))
+
+
+def distillation(
+    block: Block, weights: Weights, teacher: Block, teacher_weights: Weights, gradients: bool, dtype: torch.dtype
+) -> DistillationPass:
+    # The kernels form both logits alike.
+    common = torch.promote_types(block.x.dtype, teacher.x.dtype)
+    block, teacher = (replace(b, x=b.x.to(common), y=b.y.to(common)) for b in (block, teacher))
+    weights, teacher_weights = _contiguous(weights), _contiguous(teacher_weights)
+    row_cross, col_cross = _vector(block.n), _vector(block.m)
+    dx, dy, out = _gradients(block, dtype) if gradients else (None, None, None)
+    dscale = _cpu.distillation(
         instruction_set(),
         _block(block),
-        row_lse.data_ptr(),
-        row_weight.data_ptr(),
-        col_lse.data_ptr(),
-        col_weight.data_ptr(),
-        positive_weight.data_ptr(),
-        dx.data_ptr(),
-        dy.data_ptr(),
+        _cpu.Weights(*_addresses(weights)),
+        _block(teacher),
+        _cpu.Weights(*_addresses(teacher_weights)),
+        _cpu.Crosses(row_cross.data_ptr(), col_cross.data_ptr()),
+        out,
         torch.get_num_threads(),
     )
-    return Gradients(dx.to(dtype), dy.to(dtype), block.scale.new_full((), dscale))
+    if dx is None or dy is None:
+        return DistillationPass(row_cross, col_cross, None)
+    return DistillationPass(row_cross, col_cross, Gradients(dx.to(dtype), dy.to(dtype), _scalar(dscale, block.scale)))
 
 
 def symmetric_cross_entropy(statistics: Statistics) -> Tensor:  # []
@@ -142,24 +184,44 @@ def symmetric_cross_entropy_weights(statistics: Statistics, gradient: Tensor) ->
 
 
 def _block(block: Block) -> _cpu.Block:
-    x_row_stride, x_col_stride = block.x.stride()
-    y_row_stride, y_col_stride = block.y.stride()
+    row_ids, col_ids = (0 if ids is None else ids.data_ptr() for ids in (block.row_ids, block.col_ids))
     return _cpu.Block(
         dtype=_name(block.x.dtype),
         product=_product(block.x.dtype),
-        n=block.n,
-        m=block.m,
-        d=block.d,
-        x=block.x.data_ptr(),
-        x_row_stride=x_row_stride,
-        x_col_stride=x_col_stride,
-        y=block.y.data_ptr(),
-        y_row_stride=y_row_stride,
-        y_col_stride=y_col_stride,
+        x=_cpu.Matrix(block.x.data_ptr(), *block.x.shape, *block.x.stride()),
+        y=_cpu.Matrix(block.y.data_ptr(), *block.y.shape, *block.y.stride()),
         scale=block.scale.item(),
         bias=block.bias.item(),
         diag_offset=block.diag_offset,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        ignores_same_ids=block.same_id == IGNORE,
     )
+
+
+def _gradients(block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor, _cpu.Gradients]:  # [n, d], [m, d]
+    """Where the kernels put dx and dy."""
+    if dtype not in gradient_dtypes(block.x.dtype):
+        dtype = accumulation_dtype(block.x.dtype)
+    dx, dy = (torch.empty(t.shape, dtype=dtype, device="cpu") for t in (block.x, block.y))
+    return dx, dy, _cpu.Gradients(dx.data_ptr(), dy.data_ptr(), _name(dtype))
+
+
+def _vector(size: int, dtype: torch.dtype = torch.float64) -> Tensor:  # [size]
+    return torch.empty(size, dtype=dtype, device="cpu")
+
+
+def _contiguous(weights: Weights) -> Weights:
+    return Weights(*(None if t is None else t.contiguous() for t in weights))  # type: ignore[arg-type]
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> Iterator[int]:
+    return (0 if t is None else t.data_ptr() for t in tensors)
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:  # []
+    """In the dtype of `like`, inf beyond its range."""
+    return torch.full((), value, dtype=torch.float64, device="cpu").to(like.dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

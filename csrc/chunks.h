@@ -1,0 +1,172 @@
+// How a block of logits is divided, and a block's rows packed for the product x y^T, a chunk at a time.
+//
+// The logits go in chunks, a chunk in panels of kWidth columns, a panel in groups of up to kGroup rows. A task forms the
+// groups of a few panels and rows; its left operand stays in the second-level cache (kBlockBytes), so that what it reads
+// from beyond is a small part of what it computes.
+//
+// Included once per instruction set.
+#pragma once
+
+#include "logits.h"
+#include "parallel.h"
+
+namespace clipfast {
+namespace {
+
+constexpr index_t kChunkRows = 4096;         // at most
+constexpr index_t kChunkBytes = 16 << 20;    // of G, about
+constexpr index_t kBlockBytes = 512 << 10;   // of a task's left operand, at most
+constexpr index_t kBlockRows = 256;          // of a task, at most
+constexpr index_t kTasksPerThread = 4;       // at least, where there is so much to do
+constexpr double kFlopsPerThread = 1e6;  // below it a thread costs more than it brings
+
+// Numbers that several tasks add to or compare with, each in a slot of its own; the slots are merged in their order.
+template <class N>
+struct Slots {
+    index_t slots, length;
+    N* data = nullptr;
+
+    void place(Buffer& memory) { data = memory.take<N>(slots * length); }
+    void fill(N value) { std::fill(data, data + slots * length, value); }
+    N* at(index_t slot, index_t i) const { return data + slot * length + i; }
+    template <class Combine>
+    N merged(index_t i, const Combine& combine) const {
+        N total = data[i];
+        for (index_t slot = 1; slot < slots; ++slot) total = combine(total, *at(slot, i));
+        return total;
+    }
+};
+
+template <class N>
+N sum_of(N a, N b) { return a + b; }
+
+// Where a group of logits lies.
+struct Place {
+    int worker;      // the thread that forms it
+    index_t first;   // the chunk's first row
+    index_t row;     // the group's first row, in the chunk
+    index_t panel;   // in the chunk
+    index_t column;  // the group's first column, in the block
+};
+
+// What an objective may hear of a pass: when the pass begins, where it is, and when it ends.
+struct Objective {
+    void begin(Team&) {}
+    void begin_rows(Team&, index_t /*first*/, index_t /*rows*/) {}
+    void begin_cols(Team&, index_t /*column*/, index_t /*cols*/) {}
+    void end_rows(Team&, index_t /*first*/, index_t /*rows*/) {}
+    void end(Team&) {}
+};
+
+// How a block is divided.
+template <class Tiles>
+struct Chunks {
+    static constexpr index_t kWidth = Tiles::kWidth;
+    static_assert(kBlockRows % kGroup == 0);
+
+    Chunks(const Block& block, int most_threads)
+        : n(block.n()),
+          m(block.m()),
+          diag_offset(block.diag_offset),
+          row_ids(block.row_ids),
+          col_ids(block.col_ids),
+          ignores_same_ids(block.ignores_same_ids),
+          threads(int(std::clamp(2.0 * double(n) * double(m) * double(block.d()) / kFlopsPerThread, 1.0,
+                                 std::max(1.0, double(most_threads))))),
+          rows(round_up(std::min(n, kChunkRows), kGroup)),
+          cols(std::min(round_up(m, kWidth),
+                        round_up(kChunkBytes / (rows * index_t{sizeof(typename Tiles::Compute)}), kWidth))),
+          panels(cols / kWidth) {
+        const index_t row_bytes = Tiles::operands(block.d()) * index_t{sizeof(typename Tiles::Operand)};
+        block_rows = std::clamp(kBlockBytes / row_bytes / kGroup * kGroup, kGroup, kBlockRows);
+    }
+
+    index_t blocks() const { return ceil_div(rows, block_rows); }  // of a chunk
+    index_t padded_m() const { return round_up(m, kWidth); }
+
+    // In how many parts to do what `blocks` tasks would do, so that there are tasks for all threads.
+    index_t parts(index_t blocks, index_t most) const {
+        return std::clamp(ceil_div(kTasksPerThread * threads, blocks), index_t{1}, most);
+    }
+
+    // Calls visit(group without its logits, place) for all groups of the chunk at (first, column).
+    template <class Visit>
+    void for_groups(Team& team, index_t first, index_t column, const Visit& visit) const {
+        const index_t rows_here = std::min(rows, n - first), cols_here = std::min(cols, m - column);
+        const index_t panels_here = ceil_div(cols_here, kWidth), blocks = ceil_div(rows_here, block_rows);
+        const index_t share = ceil_div(panels_here, parts(blocks, panels_here));
+        team.for_each(blocks * ceil_div(panels_here, share), [&](int worker, index_t task) {
+            [[maybe_unused]] const typename Tiles::Session session;
+            const index_t row = task % blocks * block_rows, begin = task / blocks * share;
+            for (index_t panel = begin; panel < std::min(panels_here, begin + share) && !team.stopped(); ++panel) {
+                const index_t at = panel * kWidth, count = std::min(kWidth, cols_here - at);
+                Tiles::with_vectors(count, [&](auto vectors) {
+                    for (index_t r = row; r < std::min(rows_here, row + block_rows); r += kGroup) {
+                        Group<Tiles, vectors.value> group(std::min(kGroup, rows_here - r), count,
+                                                          first + r + diag_offset - column - at);
+                        if (row_ids) group.set_ids(row_ids + first + r, col_ids + column + at, ignores_same_ids);
+                        visit(group, Place{worker, first, r, panel, column + at});
+                    }
+                });
+            }
+        });
+    }
+
+    index_t n, m, diag_offset;
+    const std::int32_t *row_ids, *col_ids;
+    bool ignores_same_ids;
+    int threads;
+    index_t rows, cols;  // of a chunk, multiples of kGroup and kWidth
+    index_t panels;      // of a chunk
+    index_t block_rows;  // of a task that forms logits
+};
+
+// A block's rows of a chunk as operands of x y^T, and the logits formed of them.
+template <class Tiles, class Element>
+class PackedRows {
+    using Operand = typename Tiles::Operand;
+    static constexpr index_t kWidth = Tiles::kWidth;
+
+  public:
+    explicit PackedRows(const Block& block)
+        : block_(block), row_size_(Tiles::operands(block.d())), logits_(block) {}
+
+    void place(Buffer& memory, const Chunks<Tiles>& chunks) {
+        x_ = memory.take<Operand>(chunks.rows * row_size_);
+        y_ = memory.take<Operand>(chunks.cols * row_size_);
+    }
+
+    void pack_left(Team& team, index_t first, index_t rows) const {
+        team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
+            const index_t row = group * kGroup, count = std::min(kGroup, rows - row);
+            Tiles::template pack_left<Element>(block_.x, first + row, count, x_ + row * row_size_);
+        });
+    }
+
+    // A panel after the other.
+    void pack_right(Team& team, index_t column, index_t cols) const {
+        team.for_each(ceil_div(cols, kWidth), [&](int, index_t panel) {
+            const index_t first = panel * kWidth, count = std::min(kWidth, cols - first);
+            Tiles::with_vectors(count, [&](auto vectors) {
+                Tiles::template pack_right<Element, vectors.value>(block_.y, column + first, count,
+                                                                   y_ + first * row_size_);
+            });
+        });
+    }
+
+    template <class Group>
+    void form(Group& group, const Place& at) const {
+        logits_.form(group, x_ + at.row * row_size_, y_ + at.panel * kWidth * row_size_);
+    }
+
+    const Logits<Tiles>& logits() const { return logits_; }
+
+  private:
+    Block block_;
+    index_t row_size_;  // operands per row
+    Logits<Tiles> logits_;
+    Operand *x_ = nullptr, *y_ = nullptr;
+};
+
+}  // namespace
+}  // namespace clipfast
