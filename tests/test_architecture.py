@@ -23,7 +23,7 @@ LAYERS = (
     {"functional"},
     {"modules", "metrics"},
     {"__init__"},
-    {"model", "data", "info"},
+    {"model", "data", "checkpoint", "info"},
     {"pictures"},
     {"train"},
     {
