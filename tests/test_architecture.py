@@ -28,7 +28,7 @@ LAYERS = (
     {"modules", "metrics"},
     {"prefixes"},
     {"__init__"},
-    {"model", "data", "info"},
+    {"model", "data", "checkpoint", "info"},
     {"pictures"},
     {"train"},
     {
