@@ -14,15 +14,16 @@ from benchmarks import accuracy, compare, compile_report, environment, gpu, memo
 from benchmarks.cases import DTYPES, Case
 from benchmarks.run import Runner
 
+OUT = "result file or folder; default: runs/benchmarks, numbered if need be. README.md shows benchmarks/results"
+
 
 def run(options: argparse.Namespace) -> None:
     if options.base:
         compare.print_ratios(options.base, options.n or [1024, 4096], options.d or [512], options.dtype)
         return
-    path = options.out
-    if path is None:
-        name = environment.describe(options.device)["device"]
-        path = environment.RESULTS / environment.file_name(name, torch.get_num_threads())
+    described = environment.describe(options.device)
+    name = environment.file_name(described["device"], torch.get_num_threads())
+    path = environment.out_path(options.out, name, described)
     cases = []
     if options.n or options.d:
         cases = [
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure = commands.add_parser("run", help="time every candidate; goes on with an unfinished result file")
     measure.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     measure.add_argument("--budget", type=float, default=780, metavar="SECONDS", help="default: %(default)s")
-    measure.add_argument("--out", type=Path, help="result file; default: benchmarks/results/<device>.json")
+    measure.add_argument("--out", type=Path, help=OUT)
     measure.add_argument("--n", type=int, nargs="+", help="batch sizes; default: the whole grid")
     measure.add_argument("--d", type=int, nargs="+", help="widths; default: the whole grid")
     measure.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=tuple(DTYPES))
@@ -56,12 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device.add_argument("--tune", action="store_true", help="search for better tile shapes instead of timing")
     device.set_defaults(call=lambda options: gpu.main(options.budget, options.tune, tqdm.write))
     draw = commands.add_parser("report", help="plots, and README.md's tables, from the committed results")
-    draw.set_defaults(call=lambda options: report.main())
+    draw.add_argument("file", type=Path, nargs="*", help="a result to print, and to plot beside it; README.md stays")
+    draw.set_defaults(call=lambda options: report.show(options.file) if options.file else report.main())
     bytes_ = commands.add_parser("memory", help="memory of the loss against the batch size, for README.md")
-    bytes_.set_defaults(call=lambda options: memory.main())
+    bytes_.add_argument("--out", type=Path, help=OUT)
+    bytes_.set_defaults(call=lambda options: memory.main(options.out))
     errors = commands.add_parser("accuracy", help="errors of loss and gradients against float64, for README.md")
     errors.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    errors.set_defaults(call=lambda options: accuracy.main(options.device))
+    errors.add_argument("--out", type=Path, help=OUT)
+    errors.set_defaults(call=lambda options: accuracy.main(options.device, options.out))
     compiled = commands.add_parser("compile-report", help="what every Triton configuration compiles to, without a GPU")
     compiled.add_argument("--architecture", nargs="+", default=list(compile_report.DEVICES), metavar="NAME")
     compiled.set_defaults(call=lambda options: compile_report.main(options.architecture))

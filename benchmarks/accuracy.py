@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ def load() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(environment.RESULTS.glob("accuracy-*.json"))]
 
 
-def main(device: str) -> None:
-    result = run(device)
-    name = environment.file_name(result["device"], result["threads"])
-    environment.write_whole(environment.RESULTS / f"accuracy-{name}", result)
+def main(device: str, out: Path | None = None) -> None:
+    described = environment.describe(device)
+    path = environment.out_path(out, f"accuracy-{environment.file_name(described['device'], described['threads'])}")
+    environment.write_whole(path, run(device))
+    print(f"written: {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -19,7 +20,8 @@ import torch
 import clipfast
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"  # committed; README.md shows them
+RUNS = ROOT / "runs" / "benchmarks"
 PACKAGES = ("torch", "triton", "numpy", "memeff", "inf-cl", "cut-cross-entropy", "liger-kernel")
 
 
@@ -54,6 +56,37 @@ def processor() -> str:
 def file_name(device: str, threads: int) -> str:
     """A device's result file."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + f"-{threads}-threads.json"
+
+
+def out_path(out: Path | None, name: str, described: dict[str, Any] | None = None) -> Path:
+    """Where a result goes: into a file or a folder, or into runs/ under the first of name, name-2, ... that is free.
+
+    Args:
+        out: the file or folder, or None for runs/.
+        name: of the file in a folder.
+        described: of a run that may go on with an unfinished result of the same setting.
+
+    Raises:
+        FileExistsError: `out` holds another run's result, which nobody but its owner takes away.
+    """
+
+    def fits(path: Path) -> bool:
+        return not path.exists() or (described is not None and continues(path, described))
+
+    if out is None:
+        names = itertools.chain([name], (f"{Path(name).stem}-{number}.json" for number in itertools.count(2)))
+        return next(path for path in map(RUNS.joinpath, names) if fits(path))
+    path = out if out.suffix == ".json" else out / name
+    if not fits(path):
+        raise FileExistsError(f"--out: {path} holds another run's result; give another file, or remove it first")
+    return path
+
+
+def continues(path: Path, described: dict[str, Any]) -> bool:
+    """Whether a run may go on with a result file: of the same device, versions and commit, without other changes."""
+    before = json.loads(path.read_text())
+    same = all(before[key] == described[key] for key in ("device", "threads", "versions", "commit"))
+    return same and not before["uncommitted_changes"] and not described["uncommitted_changes"]
 
 
 def write_whole(path: Path, result: dict[str, Any]) -> None:

@@ -119,13 +119,15 @@ def measure(seconds: float, report: Callable[[str], None]) -> str:
     Raises:
         StageError: cases are left for another call.
     """
-    name = environment.file_name(environment.describe("cuda")["device"], torch.get_num_threads())
-    runner = Runner("cuda", environment.RESULTS / name, seconds)
+    described = environment.describe("cuda")
+    name = environment.file_name(described["device"], torch.get_num_threads())
+    path = environment.out_path(None, name, described)
+    runner = Runner("cuda", path, seconds)
     rows = runner.run(report)["rows"]
     measured = {(row["dtype"], row["n"], row["d"], row["scale"]) for row in rows}
     if len(measured) < len(runner.cases):
-        raise StageError(f"{len(measured)} of {len(runner.cases)} cases are in {name}; call again to go on from here")
-    return f"{len(measured)} cases are in {name}"
+        raise StageError(f"{len(measured)} of {len(runner.cases)} cases are in {path}; call again to go on from here")
+    return f"{len(measured)} cases are in {path}"
 
 
 def tune(seconds: float) -> str:

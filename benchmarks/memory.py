@@ -97,12 +97,11 @@ def result_file() -> Path:
     return path
 
 
-def main() -> None:
-    result = run()
-    for old in environment.RESULTS.glob("memory-*.json"):
-        old.unlink()
-    name = environment.file_name(result["device"], result["threads"])
-    environment.write_whole(environment.RESULTS / f"memory-{name}", result)
+def main(out: Path | None = None) -> None:
+    described = environment.describe("cpu")
+    path = environment.out_path(out, f"memory-{environment.file_name(described['device'], described['threads'])}")
+    environment.write_whole(path, run())
+    print(f"written: {path}")
 
 
 def load() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,19 @@ MARKERS = "osv^D<>pPX"
 
 
 def load() -> list[dict[str, Any]]:
-    """All speed results, one for each device."""
+    """All committed speed results, one for each device.
+
+    Raises:
+        ValueError: one lacks the rows that README.md shows.
+    """
     paths = sorted(environment.RESULTS.glob("*.json"))
     others = ("accuracy-", "compile-", "memory-")
-    return [json.loads(path.read_text()) for path in paths if not path.name.startswith(others)]
+    results = {path: json.loads(path.read_text()) for path in paths if not path.name.startswith(others)}
+    for path, result in results.items():
+        shown = {row["dtype"] for row in result["rows"] if (row["d"], row["scale"]) == (WIDTH, SCALE)}
+        if not {"float32", "bfloat16"} <= shown:
+            raise ValueError(f"{path.name}: a trial, which would empty README.md's table; it belongs into runs/")
+    return list(results.values())
 
 
 def speed_table(result: dict[str, Any]) -> str:
@@ -31,8 +40,10 @@ def speed_table(result: dict[str, Any]) -> str:
     for dtype in ("float32", "bfloat16"):
         rows = [row for row in _main_line(result) if row["dtype"] == dtype]
         sizes = sorted({row["n"] for row in rows})
+        if not rows:
+            continue
         parts += [
-            f"{dtype}, d = {WIDTH}, forward and backward, ms (P):",
+            f"{dtype}, d = {_setting(result)[0]}, forward and backward, ms (P):",
             "",
             f"| | {' | '.join(f'n = {n}' for n in sizes)} |",
             f"|---|{'---:|' * len(sizes)}",
@@ -61,11 +72,21 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _main_line(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in result["rows"] if (row["d"], row["scale"]) == (WIDTH, SCALE)]
+    return [row for row in result["rows"] if (row["d"], row["scale"]) == _setting(result)]
+
+
+def _setting(result: dict[str, Any]) -> tuple[int, float]:
+    """(d, scale) of the tables; of a trial that has no such row, the first it has."""
+    settings = [(row["d"], row["scale"]) for row in result["rows"]]
+    return (WIDTH, SCALE) if (WIDTH, SCALE) in settings or not settings else settings[0]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Time, share of the limit and peak memory against the batch size, one row of panels for each dtype."""
+    """Time, share of the limit and peak memory against the batch size, one row of panels for each dtype.
+
+    Raises:
+        ValueError: nothing was timed.
+    """
     rows = [row for row in _main_line(result) if row["status"] == "ok" and row["dtype"] != "float16"]
     names = list(dict.fromkeys(row["candidate"] for row in rows))
     panels: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
@@ -73,8 +94,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ("share of the limit (4 P / P), %", lambda row: 100 * row["share_of_limit"]),
         ("peak extra memory, MiB", lambda row: max(row["peak_bytes"], 2**18) / 2**20),
     )
-    figure = Figure(figsize=(11, 7.6), layout="constrained")
-    for axes_row, dtype in zip(figure.subplots(2, len(panels)), ("float32", "bfloat16"), strict=True):
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if any(row["dtype"] == dtype for row in rows)]
+    if not dtypes:
+        raise ValueError("the result has no row in float32 or bfloat16 that was timed; there is nothing to plot")
+    figure = Figure(figsize=(11, 0.8 + 3.4 * len(dtypes)), layout="constrained")
+    for axes_row, dtype in zip(figure.subplots(len(dtypes), len(panels), squeeze=False), dtypes, strict=True):
         for axes, (title, value) in zip(axes_row, panels, strict=True):
             for index, name in enumerate(names):
                 line = sorted((r["n"], value(r)) for r in rows if r["candidate"] == name and r["dtype"] == dtype)
@@ -95,7 +119,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    figure.suptitle(f"{result['device']}, {result['threads']} threads, d = {WIDTH}, {result['date']}", fontsize=12)
+    d = _setting(result)[0]
+    figure.suptitle(f"{result['device']}, {result['threads']} threads, d = {d}, {result['date']}", fontsize=12)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110, facecolor="white")
 
@@ -122,6 +147,14 @@ def with_blocks(readme: str, contents: dict[str, str]) -> str:
         head, _, rest = readme.partition(begin)
         readme = f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
     return readme
+
+
+def show(paths: Sequence[Path]) -> None:
+    """Print each result's table and plot it beside the file; README.md stays as it is."""
+    for path in paths:
+        result = json.loads(path.read_text())
+        plot(result, path.with_suffix(".png"))
+        print(f"{speed_table(result)}\n\nwritten: {path.with_suffix('.png')}")
 
 
 def main() -> None:

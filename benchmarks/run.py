@@ -2,7 +2,8 @@
 
 Rounds are interleaved: each round times every candidate and the GEMM once, in rotating order, so that a slow spell of
 the machine hits all alike. P is a candidate's median time over the median of torch.mm [n, d] x [d, n] in them.
-The file is written after every case and is whole at any moment; a later run with the same setting goes on from there.
+The file is written after every case and is whole at any moment; a later run of the same commit goes on from there, one
+of another commit, or of changes that no commit names, needs another file.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ class Runner:
 
     Args:
         device: "cpu" or "cuda".
-        path: of the result file.
+        path: of the result file, which is gone on with or does not exist.
         budget: seconds for the whole run; what does not fit is skipped with its reason.
         cases: what to measure, most telling first.
         only: part of a candidate's name; others are left out.
+
+    Raises:
+        FileExistsError: the file holds a result of another device, commit or version.
     """
 
     device: str
@@ -59,12 +63,10 @@ class Runner:
         self.pace: dict[tuple[str, str], tuple[int, float]] = {}
         self.result = environment.describe(self.device) | {"rows": []}
         if self.path.exists():
+            environment.out_path(self.path, "", self.result)
             self._resume(json.loads(self.path.read_text()))
 
     def _resume(self, before: dict[str, Any]) -> None:
-        same = all(before[key] == self.result[key] for key in ("device", "threads", "versions", "commit"))
-        if not same or before["uncommitted_changes"] or self.result["uncommitted_changes"]:
-            return
         self.result = before
         for row in before["rows"]:
             if row["status"] == "ok":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from clipfast.dispatch import Explanation, backends, explain
-from clipfast.functional import contrastive_loss
+from clipfast.functional import contrastive_loss, distillation_loss, siglip_loss
 from clipfast.metrics import retrieval_metrics
-from clipfast.modules import ContrastiveLoss, ProjectionHead
+from clipfast.modules import ContrastiveLoss, ProjectionHead, SigLipLoss
+from clipfast.prefixes import matryoshka
 
 __version__ = "0.1.0"
 
@@ -13,8 +14,12 @@ __all__ = [
     "ContrastiveLoss",
     "Explanation",
     "ProjectionHead",
+    "SigLipLoss",
     "backends",
     "contrastive_loss",
+    "distillation_loss",
     "explain",
+    "matryoshka",
     "retrieval_metrics",
+    "siglip_loss",
 ]

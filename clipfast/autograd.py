@@ -1,155 +1,129 @@
-"""The losses as differentiable PyTorch operators: visible to torch.compile, checked by opcheck, few calls at small n.
+"""Losses as differentiable PyTorch operators: visible to torch.compile, checked by opcheck, few calls at small n.
 
-Where nothing looks at operators, the same functions run as a torch.autograd.Function, which costs half the time.
-What they compute is in clipfast/softmax.py; saved for the backward pass are x, y and vectors over the batch.
+`differentiable` makes one of a forward and a backward function. Where nothing looks at operators, the same two run as
+a torch.autograd.Function, which costs half the time. What the losses are is in clipfast/operators.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from clipfast import softmax
-from clipfast.block import Statistics
-from clipfast.problem import statistics_dtype
+Save = Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]]
 
 
-def _forward(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d], m >= n
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    image_ids: Tensor | None,  # [n], int32
-    text_ids: Tensor | None,  # [m], int32
-    normalize: bool,
-    label_smoothing: float,
-    direction: str,
-    reduction: str,
-    same_id: str,
-    metrics: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, which alone has a gradient, and the statistics; row_above and col_above are empty without metrics."""
-    options = softmax.Options(normalize, label_smoothing, direction, reduction, same_id, metrics, backend)
-    loss, statistics = softmax.forward(x, y, scale, bias, image_ids, text_ids, options)
-    above = (
-        x.new_empty(0, dtype=torch.int32) if t is None else t for t in (statistics.row_above, statistics.col_above)
-    )
-    return loss, *statistics[:3], *above  # type: ignore[return-value]
+def differentiable(
+    name: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    forward_shapes: Callable[..., tuple[Tensor, ...]],
+    backward_shapes: Callable[..., tuple[Tensor, ...]],
+    save: Save,
+    formed: bool = False,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The function `clipfast::name`, whose first output has a gradient and whose others have none.
 
+    forward(*inputs) gives the outputs; save(inputs, outputs) says which tensors, and which other values, the backward
+    pass needs; backward(gradient of the first output, *tensors, *values) gives the gradients of the first inputs, all
+    others have none. The shapes functions do the same on tensors without data. `formed`: the gradients come with the
+    outputs, and the backward pass only scales them. A graph through it (create_graph) would not lead to the inputs, so
+    it is refused. The operator itself is the function's attribute `operator`.
+    """
+    operator = torch.library.custom_op(f"clipfast::{name}", mutates_args=())(forward)
+    derivative = torch.library.custom_op(f"clipfast::{name}_backward", mutates_args=())(backward)
+    operator.register_fake(forward_shapes)
+    derivative.register_fake(backward_shapes)
 
-def _backward(
-    gradient: Tensor,  # as the loss
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    scale: Tensor,  # []
-    bias: Tensor,  # []
-    image_ids: Tensor | None,  # [n], int32
-    text_ids: Tensor | None,  # [m], int32
-    row_lse: Tensor,  # [n]
-    col_lse: Tensor,  # [m]
-    positive: Tensor,  # [n]
-    normalize: bool,
-    label_smoothing: float,
-    direction: str,
-    reduction: str,
-    same_id: str,
-    metrics: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
-    options = softmax.Options(normalize, label_smoothing, direction, reduction, same_id, metrics, backend)
-    statistics = Statistics(row_lse, col_lse, positive)
-    gradients, dbias = softmax.backward(gradient, x, y, scale, bias, image_ids, text_ids, statistics, options)
-    return *gradients, dbias.to(bias.dtype)
-
-
-contrastive_loss = torch.library.custom_op("clipfast::contrastive_loss", mutates_args=())(_forward)
-contrastive_loss_backward = torch.library.custom_op("clipfast::contrastive_loss_backward", mutates_args=())(_backward)
-
-
-@contrastive_loss.register_fake
-def _(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, image_ids: Any, text_ids: Any, *options: Any
-) -> tuple[Tensor, ...]:
-    n, m, chosen = x.shape[0], y.shape[0], softmax.Options(*options)
-    row_lse, col_lse, positive = (x.new_empty(size, dtype=statistics_dtype(x.device)) for size in (n, m, n))
-    above = (x.new_empty(size if chosen.metrics else 0, dtype=torch.int32) for size in (n, m))
-    return chosen.chosen(scale.new_empty(n), scale.new_empty(n)), row_lse, col_lse, positive, *above
-
-
-@contrastive_loss_backward.register_fake
-def _(gradient: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty(()), bias.new_empty(())
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = inputs[:6], inputs[6:]
-    _, *statistics = output
-    ctx.mark_non_differentiable(*statistics)
-    ctx.save_for_backward(*tensors, *statistics[:3])
-
-
-def _operator_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *contrastive_loss_backward(gradient, *ctx.saved_tensors, *ctx.options), *[None] * (2 + len(ctx.options))
-
-
-def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
-    raise RuntimeError(
-        "clipfast does not support double backward: its backward pass has no derivative. Use "
-        "clipfast.reference.contrastive_loss where a gradient of the gradient is needed."
-    )
-
-
-def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "clipfast does not support forward-mode derivatives (jvp, jacfwd, linearize). Use clipfast.reference, or "
-        "reverse mode."
-    )
-
-
-contrastive_loss.register_autograd(_operator_backward, setup_context=_save_for_backward)
-contrastive_loss_backward.register_autograd(_refuse_double_backward)
-
-
-class _Eager(torch.autograd.Function):
-    """An operator's two functions without the operator. functorch's transforms see this: grad works, vmap loops."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _forward(*inputs)
-
-    setup_context = staticmethod(_save_for_backward)
-    jvp = staticmethod(_refuse_forward_mode)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        derivative = _EagerBackward.apply if differentiated else _backward
-        return *derivative(gradient, *ctx.saved_tensors, *ctx.options), *[None] * (2 + len(ctx.options))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _one_by_one(_Eager.apply, info.batch_size, in_dims, inputs)
-
-
-class _EagerBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _backward(*inputs)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        tensors, ctx.values = save(inputs, output)
+        ctx.inputs = len(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors)
 
-    backward = staticmethod(_refuse_double_backward)
-    jvp = staticmethod(_refuse_forward_mode)
+    def gradients(ctx: Any, function: Callable[..., tuple[Tensor, ...]], gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if formed and torch.is_grad_enabled():
+            _refuse_double_backward()
+        by_inputs = function(gradient, *ctx.saved_tensors, *ctx.values)
+        return *by_inputs, *[None] * (ctx.inputs - len(by_inputs))
+
+    def operator_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return gradients(ctx, derivative, gradient)
+
+    operator.register_autograd(operator_backward, setup_context=setup_context)
+    derivative.register_autograd(_refuse_double_backward)
+
+    class Eager(_Function):
+        @staticmethod
+        def forward(*inputs: Any) -> tuple[Tensor, ...]:
+            return forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+            return gradients(ctx, EagerBackward.apply if differentiated else backward, gradient)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+            return _one_by_one(Eager.apply, info.batch_size, in_dims, inputs)
+
+    Eager.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+
+    class EagerBackward(_Function):
+        @staticmethod
+        def forward(*inputs: Any) -> tuple[Tensor, ...]:
+            return backward(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            pass
+
+        backward = staticmethod(_refuse_double_backward)  # type: ignore[assignment]
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+            return _one_by_one(EagerBackward.apply, info.batch_size, in_dims, inputs)
+
+    def apply(*inputs: Any) -> tuple[Tensor, ...]:
+        if not _watched(inputs):
+            return Eager.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+        return operator(*inputs)  # type: ignore[no-any-return]
+
+    apply.operator = operator  # type: ignore[attr-defined]
+    return apply
+
+
+class _Function(torch.autograd.Function):
+    """functorch's transforms see this: grad works, vmap loops, forward mode is refused."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _one_by_one(_EagerBackward.apply, info.batch_size, in_dims, inputs)
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "clipfast does not support forward-mode derivatives (jvp, jacfwd, linearize). Use clipfast.reference, or "
+            "reverse mode."
+        )
+
+
+def _watched(inputs: tuple[Any, ...]) -> bool:
+    """Whether torch.compile, a dispatch mode (fake tensors, counters) or a subclass of Tensor looks on."""
+    if torch.compiler.is_compiling():
+        return True
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    watched = watched or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    if watched and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
+        _Function.jvp(None)
+    return watched
+
+
+def _refuse_double_backward(*_: Any) -> Any:
+    raise RuntimeError(
+        "clipfast does not support double backward: its backward pass has no derivative. Use the same loss of "
+        "clipfast.reference where a gradient of the gradient is needed."
+    )
 
 
 def _one_by_one(function: Any, count: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> Any:
@@ -160,21 +134,3 @@ def _one_by_one(function: Any, count: int, in_dims: tuple[int | None, ...], inpu
     ]
     stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
     return stacked, (0,) * len(stacked)
-
-
-def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    """`contrastive_loss` with as little overhead as what watches the call allows.
-
-    torch.compile, dispatch modes (fake tensors, counters of operations) and subclasses of Tensor see an operator.
-    """
-    watched = (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in (x, y, scale, bias))
-    )
-    if not watched:
-        return _Eager.apply(x, y, scale, bias, *options)  # type: ignore[no-any-return, no-untyped-call]
-    duals = () if torch.compiler.is_compiling() else (x, y, scale, bias)
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in duals):  # type: ignore[no-untyped-call]
-        _refuse_forward_mode(None)
-    return contrastive_loss(x, y, scale, bias, *options)  # type: ignore[no-any-return]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipfast import autograd, dispatch
-from clipfast.problem import DTYPES, Problem, accumulation_dtype
+from clipfast import arguments, dispatch, operators
+from clipfast.block import IGNORE, SAME_IDS
+from clipfast.norms import l2_normalize
+from clipfast.problem import DISTILLATION, IDS, RANKS, SIGMOID, Problem, accumulation_dtype
+from clipfast.softmax import BOTH, DIRECTIONS, IMAGE_TO_TEXT, MEAN, REDUCTIONS, TEXT_TO_IMAGE, Options
 
 GRAD_REDUCTIONS = ("mean", "sum")
+METRIC_KS = (1, 5, 10)
 
 
 def contrastive_loss(
@@ -22,13 +25,17 @@ def contrastive_loss(
     *,
     normalize: bool = False,
     label_smoothing: float = 0.0,
-    image_ids: Tensor | None = None,
-    text_ids: Tensor | None = None,
+    direction: str = BOTH,
+    reduction: str = MEAN,
+    image_ids: Tensor | None = None,  # [n]
+    text_ids: Tensor | None = None,  # [m]
+    same_id: str = IGNORE,
+    return_metrics: bool = False,
     group: Any = None,
     grad_reduction: str = "mean",
     deterministic: bool | None = None,
     backend: str = "auto",
-) -> Tensor:  # 0-D
+) -> Tensor:  # 0-D; with return_metrics (Tensor, dict of 0-D tensors)
     """CLIP's symmetric cross-entropy over the batch, without ever storing the n*m logits.
 
     Equal to (Radford et al. 2021, arXiv:2103.00020, figure 3):
@@ -44,151 +51,225 @@ def contrastive_loss(
         image_features: [n, d], n >= 1, any strides; float32, bfloat16, float16 or float64. Row i belongs to text row i.
         text_features: [m, d], m >= n; rows from n on are extra negatives. A pair of dtypes is promoted as by torch.
         logit_scale: the factor exp(t), already exponentiated; a number or a tensor of one element. Never clamped.
-        logit_bias: added to every logit; it cannot change this loss, its gradient is zero up to rounding.
+        logit_bias: added to every logit; it cannot change this loss, its gradient is zero up to rounding. A tensor [n],
+            with n = m, is what open_clip's ClipLoss makes of one: element j is added to the logits of candidate j.
         normalize: l2-normalize the rows first. Without it the features are taken as they are, of any length.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
-        image_ids: not available yet.
-        text_ids: not available yet.
+        direction: "both", "image_to_text" (the images choose among all texts: cross_entropy(logits, labels)) or
+            "text_to_image" (the n matched texts among all images).
+        reduction: "mean", or "none": the loss of every image and every matched text, [2, n], of one direction [n].
+        image_ids: [n] integers. Pairs of different rows whose ids are equal belong together: duplicates, or several
+            captions of one image. What becomes of them `same_id` says.
+        text_ids: [m] integers; image_ids where left out and m = n.
+        same_id: "ignore" leaves such pairs out of both softmaxes; "positive" makes them positives too, the target being
+            uniform over a row's positives (Khosla et al. 2020, arXiv:2004.11362, equation 2). Smoothed labels are
+            uniform over what is not left out.
+        return_metrics: also return in-batch recall, counted by the pass that sees every logit.
         group: a process group to compute the global loss over; of more than one process: not available yet.
         grad_reduction: "mean" or "sum", how the data-parallel wrapper reduces gradients; no effect in one process.
         deterministic: every backend repeats bitwise, so None, True and False give the same result.
         backend: "auto" or a name from `clipfast.backends()`; a name never falls back to another backend.
 
     Returns:
-        A 0-D tensor, float32 (float64 for float64 features). Gradients have their input's dtype and shape.
+        A 0-D tensor, float32 (float64 for float64 features), or what `reduction` says. Gradients have their input's
+        dtype and shape. With return_metrics (loss, metrics): 0-D tensors on the features' device by
+        "image_to_text_R@1", "image_to_text_R@5", ..., "text_to_image_R@10", the fraction of rows with fewer than k
+        candidates of another id at or above their best match; ties and NaN count against the model.
 
     Raises:
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
         NotImplementedError: an option that is marked as not available yet.
     """
-    _flag("deterministic", False if deterministic is None else deterministic)
-    if grad_reduction not in GRAD_REDUCTIONS:
-        raise ValueError(f"grad_reduction: got {grad_reduction!r}; accepted are 'mean' and 'sum'")
-    _refuse_ids(image_ids, text_ids)
-    _refuse_group(group)
-    return _loss(image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, True)
+    arguments.flag("deterministic", False if deterministic is None else deterministic)
+    arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
+    arguments.choice("direction", direction, DIRECTIONS)
+    arguments.choice("reduction", reduction, REDUCTIONS)
+    arguments.choice("same_id", same_id, SAME_IDS)
+    arguments.flag("normalize", normalize)
+    arguments.flag("return_metrics", return_metrics)
+    label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
+    arguments.process_group(group)
+    x, y = arguments.matched_features(image_features, text_features)
+    if isinstance(logit_bias, Tensor) and len(x) > 1 and logit_bias.shape == x.shape[:1] == y.shape[:1]:
+        of_one: dict[str, Any] = {
+            "normalize": normalize, "label_smoothing": label_smoothing, "reduction": reduction, "image_ids": image_ids,
+            "text_ids": text_ids, "same_id": same_id, "return_metrics": return_metrics, "group": group,
+            "grad_reduction": grad_reduction, "backend": backend,
+        }  # fmt: skip
+        return _with_bias_of_candidates(x, y, logit_scale, logit_bias, direction, **of_one)
+    scale, bias = _scalars(x, logit_scale, 0.0 if logit_bias is None else logit_bias)
+    ids = arguments.ids(image_ids, text_ids, x, y)
+    needs = {IDS} if ids[0] is not None else set()
+    backend = _select(x, y, backend, needs | {RANKS} if return_metrics else needs)
+    options = Options(normalize, label_smoothing, direction, reduction, same_id, return_metrics, backend)
+    loss, _, _, _, row_above, col_above = operators.contrastive_loss(x, y, scale, bias, *ids, *options)
+    if not return_metrics:
+        return loss
+    return loss, recalls(row_above, col_above[: len(x)], direction)  # type: ignore[return-value]
 
 
-def image_to_text_loss(
+def siglip_loss(
     image_features: Tensor,  # [n, d]
     text_features: Tensor,  # [m, d]
     logit_scale: Tensor | float,  # exp(t)
-    logit_bias: Tensor | float | None = None,
+    logit_bias: Tensor | float,
     *,
     normalize: bool = False,
-    label_smoothing: float = 0.0,
+    image_ids: Tensor | None = None,  # [n]
+    text_ids: Tensor | None = None,  # [m]
+    same_id: str = IGNORE,
+    group: Any = None,
+    grad_reduction: str = "mean",
+    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # 0-D
-    """One direction of `contrastive_loss`: the images choose among all texts, no text chooses.
+    """The sigmoid loss of SigLIP, without ever storing the n*m logits.
 
-    Equal to cross_entropy(logits, labels) with the logits and labels of `contrastive_loss`, whose arguments these are,
-    at its cost and without the logits as well.
+    Equal to (Zhai et al. 2023, arXiv:2303.15343, equation 1; open_clip's SigLipLoss):
+
+        logits = logit_scale * image_features @ text_features.T + logit_bias          # [n, m], never stored
+        labels = 2 * torch.eye(n, m) - 1
+        loss = -logsigmoid(labels * logits).sum() / n
+
+    Where gradients are wanted they are formed in the pass that forms the loss: three n*m*d matrix products in all, and
+    O((n + m) d) memory; for the backward pass the gradients are kept, not the features.
+
+    Args:
+        logit_bias: added to every logit; a number or a tensor of one element.
+        same_id: "ignore" leaves pairs of different rows with equal ids out, "positive" labels them +1.
+        others: see `clipfast.contrastive_loss`.
+
+    Returns:
+        A 0-D tensor, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
+        NotImplementedError: an option that is marked as not available yet.
     """
-    return _loss(image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, False)
+    arguments.flag("deterministic", False if deterministic is None else deterministic)
+    arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
+    arguments.choice("same_id", same_id, SAME_IDS)
+    arguments.flag("normalize", normalize)
+    arguments.process_group(group)
+    x, y = arguments.matched_features(image_features, text_features)
+    scale, bias = _scalars(x, logit_scale, logit_bias)
+    ids = arguments.ids(image_ids, text_ids, x, y)
+    backend = _select(x, y, backend, {SIGMOID} if ids[0] is None else {SIGMOID, IDS})
+    wanted = _wants_gradients(x, y, scale, bias)
+    loss, *_ = operators.siglip_loss(x, y, scale, bias, *ids, wanted, normalize, same_id, backend)
+    return loss
 
 
-def _loss(
+def distillation_loss(
     image_features: Tensor,  # [n, d]
     text_features: Tensor,  # [m, d]
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
-    normalize: bool,
-    label_smoothing: float,
-    backend: str,
-    symmetric: bool,
+    logit_scale: Tensor | float,  # exp(t)
+    teacher_image_features: Tensor,  # [n, d']
+    teacher_text_features: Tensor,  # [m, d']
+    teacher_logit_scale: Tensor | float,
+    *,
+    normalize: bool = False,
+    group: Any = None,
+    grad_reduction: str = "mean",
+    deterministic: bool | None = None,
+    backend: str = "auto",
 ) -> Tensor:  # 0-D
-    x, y = matched_features(image_features, text_features)
-    accumulator = accumulation_dtype(x.dtype)
-    scale = _scalar("logit_scale", logit_scale, accumulator, x.device)
-    bias = _scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, accumulator, x.device)
-    label_smoothing = _fraction("label_smoothing", label_smoothing)
-    _flag("normalize", normalize)
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: got {_name(backend)}; accepted is a name from clipfast.backends()")
-    backend = dispatch.select(Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device), backend)
-    direction = "both" if symmetric else "image_to_text"
-    options = normalize, label_smoothing, direction, "mean", "ignore", False, backend
-    return autograd.loss(x, y, scale, bias, None, None, *options)[0]
+    """The cross-entropy of a student's softmaxes under its teacher's, without either one's n*m logits.
+
+    Equal to the distill_loss of open_clip's DistillClipLoss:
+
+        student = logit_scale * image_features @ text_features.T                                  # never stored
+        teacher = teacher_logit_scale * teacher_image_features @ teacher_text_features.T          # never stored
+        rows = -(teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
+        columns = -(teacher.T[:n].softmax(1) * student.T[:n].log_softmax(1)).sum(1).mean()
+        loss = (rows + columns) / 2
+
+    The teacher gets no gradient. Six matrix products in all where both have one d: two of the teacher's.
+
+    Args:
+        teacher_image_features, teacher_text_features: as many rows as the student's, and any d'. All four are promoted
+            to one dtype.
+        normalize: l2-normalize all four first.
+        others: see `clipfast.contrastive_loss`.
+
+    Returns:
+        A 0-D tensor, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
+        NotImplementedError: an option that is marked as not available yet.
+    """
+    arguments.flag("deterministic", False if deterministic is None else deterministic)
+    arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
+    arguments.flag("normalize", normalize)
+    arguments.process_group(group)
+    x, y = arguments.matched_features(image_features, text_features)
+    names = ("teacher_image_features", "teacher_text_features")
+    teacher = arguments.matched_features(teacher_image_features, teacher_text_features, names)
+    for name, theirs, own in zip(names, teacher, (x, y), strict=True):
+        if len(theirs) != len(own):
+            raise ValueError(f"{name}: got {len(theirs)} rows; accepted are the student's {len(own)}")
+        if theirs.device != own.device:
+            raise ValueError(f"{name}: is on {theirs.device}; the student's are on {own.device}")
+    dtype = torch.promote_types(x.dtype, teacher[0].dtype)
+    x, y, teacher_x, teacher_y = (t.to(dtype) for t in (x, y, *(t.detach() for t in teacher)))
+    scale, _ = _scalars(x, logit_scale)
+    teacher_scale = arguments.scalar("teacher_logit_scale", teacher_logit_scale, scale.dtype, x.device).detach()
+    backend = _select(x, y, backend, {DISTILLATION})
+    wanted = _wants_gradients(x, y, scale)
+    loss, *_ = operators.distillation_loss(x, y, scale, teacher_x, teacher_y, teacher_scale, wanted, normalize, backend)
+    return loss
 
 
-def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-    """Both feature matrices, checked and promoted to one dtype."""
-    named = {"image_features": image_features, "text_features": text_features}
-    for name, features in named.items():
-        if not isinstance(features, Tensor):
-            raise TypeError(f"{name}: got {_name(features)}; accepted is a torch.Tensor")
-        if features.layout != torch.strided:
-            raise TypeError(f"{name}: got layout {features.layout}; accepted is a dense (strided) tensor")
-        if features.dtype not in DTYPES:
-            raise TypeError(f"{name}: got {features.dtype}; accepted are {', '.join(map(str, DTYPES))}")
-        if features.ndim != 2:
-            raise ValueError(f"{name}: got shape {_shape(features)}; accepted is [rows, d]")
-        if features.shape[0] == 0 or features.shape[1] == 0:
-            raise ValueError(f"{name}: got shape {_shape(features)}; at least one row and one column are needed")
-    n, m = image_features.shape[0], text_features.shape[0]
-    if image_features.shape[1] != text_features.shape[1]:
-        raise ValueError(
-            f"text_features: got shape {_shape(text_features)}; its d must be that of image_features, "
-            f"{_shape(image_features)}"
-        )
-    if m < n:
-        raise ValueError(f"text_features: got {m} rows; accepted are at least the {n} rows of image_features")
-    if image_features.device != text_features.device:
-        raise ValueError(
-            f"text_features: is on {text_features.device}; image_features is on {image_features.device}, "
-            "both must be on one device"
-        )
-    promoted = torch.promote_types(image_features.dtype, text_features.dtype)
-    return image_features.to(promoted), text_features.to(promoted)
+def _with_bias_of_candidates(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [n, d]
+    logit_scale: Tensor | float,
+    logit_bias: Tensor,  # [n]
+    direction: str,
+    *,
+    normalize: bool,
+    **options: Any,
+) -> Tensor:
+    """`contrastive_loss` with a bias for each candidate: a column more of the features, for one direction at a time."""
+    if direction == BOTH:
+        parts: list[Any] = [
+            _with_bias_of_candidates(x, y, logit_scale, logit_bias, one, normalize=normalize, **options)
+            for one in (IMAGE_TO_TEXT, TEXT_TO_IMAGE)
+        ]
+        losses, metrics = zip(*parts, strict=True) if options["return_metrics"] else (parts, ())
+        loss = torch.stack(losses)
+        loss = loss.mean() if options["reduction"] == MEAN else loss
+        return (loss, metrics[0] | metrics[1]) if metrics else loss  # type: ignore[return-value]
+    scale, _ = _scalars(x, logit_scale)
+    if normalize:
+        x, y = l2_normalize(x), l2_normalize(y)
+    one, bias = scale.new_ones(len(x), 1), logit_bias.to(scale.dtype)[:, None]
+    extra = (one, bias) if direction == IMAGE_TO_TEXT else (bias, one)
+    x, y = (torch.cat((t, column), dim=1) for t, column in zip((scale * x, y), extra, strict=True))
+    return contrastive_loss(x, y, 1.0, direction=direction, **options)
 
 
-def _scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A 0-D tensor of the given dtype on the given device, differentiable where value is."""
-    if isinstance(value, Tensor):
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"{name}: got a tensor of {value.dtype}; accepted is a floating-point one")
-        if value.numel() != 1:
-            raise ValueError(f"{name}: got shape {_shape(value)}; accepted is a single element")
-        return value.reshape(()).to(device=device, dtype=dtype)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {_name(value)}; accepted is a number or a tensor of one element")
-    return torch.full((), float(value), dtype=dtype, device=device)
+def recalls(row_above: Tensor, col_above: Tensor, direction: str = BOTH) -> dict[str, Tensor]:  # [n], [n]
+    """Recall at METRIC_KS of the counts of what is at or above a match."""
+    counts = {IMAGE_TO_TEXT: row_above, TEXT_TO_IMAGE: col_above}
+    names = counts if direction == BOTH else (direction,)
+    return {f"{name}_R@{k}": (counts[name] < k).float().mean() for name in names for k in METRIC_KS}
 
 
-def _fraction(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {_name(value)}; accepted is a number from 0 to 1")
-    fraction = float(value)
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"{name}: got {value}; accepted is a number from 0 to 1")
-    return fraction
+def _scalars(x: Tensor, logit_scale: object, logit_bias: object = 0.0) -> tuple[Tensor, Tensor]:
+    """logit_scale and logit_bias, 0-D, as the operators take them."""
+    dtype = accumulation_dtype(x.dtype)
+    return (
+        arguments.scalar("logit_scale", logit_scale, dtype, x.device),
+        arguments.scalar("logit_bias", logit_bias, dtype, x.device),
+    )
 
 
-def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {_name(value)}; accepted is True or False")
+def _select(x: Tensor, y: Tensor, backend: str, needs: set[str]) -> str:
+    problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, frozenset(needs))
+    return dispatch.select(problem, arguments.backend_name(backend))
 
 
-def _refuse_ids(image_ids: Tensor | None, text_ids: Tensor | None) -> None:
-    for name, ids in {"image_ids": image_ids, "text_ids": text_ids}.items():
-        if ids is not None:
-            raise NotImplementedError(f"{name}: masking pairs by group ids is not available yet; pass None")
-
-
-def _refuse_group(group: Any) -> None:
-    if group is None:
-        return
-    if not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(f"group: got {_name(group)}; accepted is a torch.distributed.ProcessGroup or None")
-    if torch.distributed.get_world_size(group) > 1:
-        raise NotImplementedError(
-            "group: the loss over several processes is not available yet; pass None for each process's own batch"
-        )
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def _name(value: object) -> str:
-    return type(value).__name__
+def _wants_gradients(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

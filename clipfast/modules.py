@@ -8,11 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipfast.functional import contrastive_loss
+from clipfast import arguments
+from clipfast.functional import contrastive_loss, siglip_loss
 from clipfast.norms import l2_normalize
 
 
-class ContrastiveLoss(nn.Module):
+class Loss(nn.Module):
+    """What an open_clip loss was constructed with, and the options of the function that computes it here."""
+
+    def __init__(self, constructor: dict[str, Any], options: dict[str, Any]) -> None:
+        super().__init__()
+        rank, world_size = constructor["rank"], constructor["world_size"]
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: got {rank}; accepted is a number below world_size, {world_size}")
+        if world_size > 1:
+            raise NotImplementedError(
+                f"world_size: got {world_size}; the loss over several processes is not available yet"
+            )
+        if constructor.get("use_horovod"):
+            raise NotImplementedError("use_horovod: Horovod is not supported; use torch.distributed")
+        self.constructor = constructor
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in (self.constructor | self.options).items())
+
+
+class ContrastiveLoss(Loss):
     """`clipfast.contrastive_loss` with the constructor and the forward of open_clip.ClipLoss (3.3.0).
 
     Args:
@@ -22,9 +44,11 @@ class ContrastiveLoss(nn.Module):
         rank: this process's number in range(world_size).
         world_size: the number of processes; more than 1 is not available yet.
         use_horovod: must be False.
-        normalize, label_smoothing, group, grad_reduction, deterministic, backend: see `clipfast.contrastive_loss`.
+        options: the keyword options of `clipfast.contrastive_loss`, but for the ids, which come with each batch. With
+            return_metrics the metrics of the last forward are in the attribute `metrics`; forward returns the loss.
 
     Raises:
+        TypeError: an option is unknown.
         ValueError: rank lies outside range(world_size).
         NotImplementedError: world_size > 1 or use_horovod.
     """
@@ -37,35 +61,18 @@ class ContrastiveLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
-        *,
-        normalize: bool = False,
-        label_smoothing: float = 0.0,
-        group: Any = None,
-        grad_reduction: str = "mean",
-        deterministic: bool | None = None,
-        backend: str = "auto",
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: got {rank}; accepted is a number below world_size, {world_size}")
-        if world_size > 1:
-            raise NotImplementedError(
-                f"world_size: got {world_size}; the loss over several processes is not available yet"
-            )
-        if use_horovod:
-            raise NotImplementedError("use_horovod: Horovod is not supported; use torch.distributed")
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.use_horovod = use_horovod
-        self.normalize = normalize
-        self.label_smoothing = label_smoothing
-        self.group = group
-        self.grad_reduction = grad_reduction
-        self.deterministic = deterministic
-        self.backend = backend
+        constructor = {
+            "local_loss": local_loss,
+            "gather_with_grad": gather_with_grad,
+            "cache_labels": cache_labels,
+            "rank": rank,
+            "world_size": world_size,
+            "use_horovod": use_horovod,
+        }
+        super().__init__(constructor, arguments.options_of(contrastive_loss, options))
+        self.metrics: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -74,20 +81,62 @@ class ContrastiveLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,  # [n]
+        text_ids: Tensor | None = None,  # [m]
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-D; with output_dict a dict with it under "contrastive_loss" and no other key."""
-        loss = contrastive_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            normalize=self.normalize,
-            label_smoothing=self.label_smoothing,
-            group=self.group,
-            grad_reduction=self.grad_reduction,
-            deterministic=self.deterministic,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {"image_ids": image_ids, "text_ids": text_ids, **self.options}
+        loss: Any = contrastive_loss(image_features, text_features, logit_scale, logit_bias, **options)
+        if self.options.get("return_metrics"):
+            loss, self.metrics = loss
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(Loss):
+    """`clipfast.siglip_loss` with the constructor and the forward of open_clip.SigLipLoss (3.3.0).
+
+    Args:
+        cache_labels: accepted; there are no labels to cache.
+        rank: this process's number in range(world_size).
+        world_size: the number of processes; more than 1 is not available yet.
+        dist_impl: None, "bidir", "shift", "reduce" or "gather"; without effect.
+        options: the keyword options of `clipfast.siglip_loss`, but for the ids, which come with each batch.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: rank lies outside range(world_size), or dist_impl is unknown.
+        NotImplementedError: world_size > 1.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        **options: Any,
+    ) -> None:
+        if dist_impl is not None:
+            arguments.choice("dist_impl", dist_impl, ("bidir", "shift", "reduce", "gather"))
+        constructor = {"cache_labels": cache_labels, "rank": rank, "world_size": world_size, "dist_impl": dist_impl}
+        super().__init__(constructor, arguments.options_of(siglip_loss, options))
+
+    def forward(
+        self,
+        image_features: Tensor,  # [n, d]
+        text_features: Tensor,  # [m, d]
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,  # [n]
+        text_ids: Tensor | None = None,  # [m]
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, 0-D; with output_dict a dict with it under "contrastive_loss" and no other key."""
+        bias = 0.0 if logit_bias is None else logit_bias
+        options: dict[str, Any] = {"image_ids": image_ids, "text_ids": text_ids, **self.options}
+        loss = siglip_loss(image_features, text_features, logit_scale, bias, **options)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

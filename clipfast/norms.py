@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipfast.block import Gradients
 from clipfast.problem import accumulation_dtype
 
 MIN_NORM = 1e-12  # as in torch.nn.functional.normalize: a zero row stays zero
@@ -29,6 +30,27 @@ def through_norms(
     rows = features * factors[:, None]
     along = torch.where(factors * MIN_NORM < 1 - 1e-6, (gradient * rows).sum(dim=1), 0)
     return (gradient - along[:, None] * rows) * factors[:, None]
+
+
+def operands(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    normalize: bool,
+    fold: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x and y as a block takes them, and their factors if the backend is to fold them in.
+
+    Rows that are normalized here are made anew in the backward pass, so that none keeps a copy.
+    """
+    if not normalize:
+        return x, y, None, None
+    return (x, y, norm_factors(x), norm_factors(y)) if fold else (l2_normalize(x), l2_normalize(y), None, None)
+
+
+def gradients_through_norms(gradients: Gradients, x: Tensor, y: Tensor, dtype: torch.dtype) -> Gradients:
+    """By x and y what was by their normalized rows, in the accumulation dtype; rounded to `dtype` once."""
+    dx, dy = (through_norms(g, t, norm_factors(t)).to(dtype) for g, t in ((gradients.dx, x), (gradients.dy, y)))
+    return Gradients(dx, dy, gradients.dscale)
 
 
 def _norms(features: Tensor) -> Tensor:  # [n, d] -> [n]

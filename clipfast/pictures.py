@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from clipfast.checkpoint import write_whole
+
 TRAINING, HELD_OUT, RIGHT, OTHER, TEXT = "#7a8793", "#1769aa", "#2e9e5b", "#c9d3dc", "#20262c"
 CREDIT = "Drawings: OpenMoji, CC BY-SA 4.0"
 BEST = 5  # captions under each drawing
@@ -19,7 +22,9 @@ BEST = 5  # captions under each drawing
 
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130, facecolor="white")
+    png = io.BytesIO()
+    figure.savefig(png, dpi=130, facecolor="white")
+    write_whole(path, png.getvalue())
 
 
 def _plain(axes: Any) -> None:

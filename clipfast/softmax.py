@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from clipfast import cross_entropy, dispatch
 from clipfast.block import POSITIVE, Block, Gradients, Statistics, Weights
 from clipfast.logit_sums import Sums, add_constants, logit_sums, same_counts
-from clipfast.norms import l2_normalize, norm_factors, through_norms
+from clipfast.norms import gradients_through_norms, operands
 from clipfast.problem import accumulation_dtype
 
 BOTH, IMAGE_TO_TEXT, TEXT_TO_IMAGE = DIRECTIONS = ("both", "image_to_text", "text_to_image")
@@ -155,8 +155,7 @@ def finished(
     if constants is not None:
         gradients = add_constants(block, *constants, gradients)
     if through:
-        dx, dy = (through_norms(g, t, norm_factors(t)) for g, t in ((gradients.dx, x), (gradients.dy, y)))
-        gradients = Gradients(dx, dy, gradients.dscale)
+        return gradients_through_norms(gradients, x, y, x.dtype)
     return Gradients(gradients.dx.to(x.dtype), gradients.dy.to(y.dtype), gradients.dscale)
 
 
@@ -170,17 +169,10 @@ def make_block(
     text_ids: Tensor | None,  # [m], int32
     options: Options,
 ) -> Block:
-    """The block as the backend takes it.
-
-    Normalized rows that it does not make itself are made anew for the backward pass, so that none keeps a copy.
-    """
-    factors: tuple[Tensor | None, Tensor | None] = (None, None)
     sums_of_features = options.label_smoothing or (image_ids is not None and options.same_id == POSITIVE)
-    if options.normalize and backend.folds_norms(x.dtype) and not sums_of_features:
-        factors = norm_factors(x), norm_factors(y)
-    elif options.normalize:
-        x, y = l2_normalize(x), l2_normalize(y)
-    return Block(x, y, scale, bias, 0, *factors, image_ids, text_ids, options.same_id)
+    fold = backend.folds_norms(x.dtype) and not sums_of_features
+    x, y, x_factor, y_factor = operands(x, y, options.normalize, fold)
+    return Block(x, y, scale, bias, 0, x_factor, y_factor, image_ids, text_ids, options.same_id)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

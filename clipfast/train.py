@@ -6,17 +6,15 @@ Whole concepts are held out, the kangaroo among them, so recall on them is recal
 training step has seen.
 
 All randomness of an epoch comes from (seed, epoch), so a resumed run goes on exactly as the uninterrupted one.
+
+The exit status is 0, 1 after an error or a run that diverged, 130 after an interrupt.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipfast.checkpoint import check_optimizer, check_parts, check_tensors, locked, save_checkpoint, write_log
 from clipfast.data import TEMPLATES, Concept, Pairs, Tokenizer, draw, read_concepts, require, split, to_float
 from clipfast.metrics import retrieval_metrics
 from clipfast.model import CLIP, CONFIGS, TEXT_ENCODERS, build_model, classify, zero_shot_weights
@@ -37,6 +36,9 @@ WARMUP = 0.1  # of the steps
 VOCAB_SIZE, CONTEXT_LENGTH = 1000, 32
 KS = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
+RECALLS = tuple(f"{direction}_R@{k}" for direction in DIRECTIONS for k in KS)
+COLUMNS = ("epoch", "step", "lr", "train_loss", "held_out_loss", "logit_scale", *RECALLS)
+PARTS = {"config": dict, "epoch": int, "history": list, "tokenizer": str, "model": dict, "optimizer": dict}
 SHEET_PICTURES, SHEET_PIXELS = 12, 144
 
 
@@ -56,7 +58,7 @@ class TrainConfig:
         seed: of the held-out concepts, the initial weights and all batches.
 
     Raises:
-        ValueError: a value is out of range; the message names it.
+        ValueError: a value is out of range or of another type; the message names it.
     """
 
     out: str = "runs/demo"
@@ -70,6 +72,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            kind, value = type(field.default), getattr(self, field.name)
+            if not isinstance(value, (float, int) if kind is float else kind) or isinstance(value, bool):
+                raise ValueError(f"{field.name}: got {value!r}; accepted is a value of type {kind.__name__}")
         if self.model not in CONFIGS:
             raise ValueError(f"model: got {self.model!r}; accepted are {', '.join(CONFIGS)}")
         if self.text not in TEXT_ENCODERS:
@@ -97,6 +103,11 @@ class Result:
     tokenizer: Tokenizer
     history: list[dict[str, float]]
     held_out: list[Concept]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last epoch has a figure that is not finite; it is the last one then, and in no checkpoint."""
+        return not all(map(math.isfinite, self.history[-1].values()))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -140,68 +151,85 @@ def evaluate(model: CLIP, tokenizer: Tokenizer, pairs: Pairs) -> dict[str, float
     return {
         "held_out_loss": ContrastiveLoss()(**outputs).item(),
         "logit_scale": outputs["logit_scale"].item(),
-        **{f"{direction}_R@{k}": recall[f"{direction}_R@{k}"] for direction in DIRECTIONS for k in KS},
+        **{name: recall[name] for name in RECALLS},
     }
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or untouched, whenever the process dies."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """torch.save, atomically: a write that fails midway leaves the old checkpoint whole."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    write_whole(path, buffer.getvalue())
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state of a run: its config, epoch, history, tokenizer, model and optimizer.
+    """The state of a run: its config, epoch, history, tokenizer, model and optimizer, all whole and fit for each other.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of `clipfast.train`.
+        ValueError: the file is no checkpoint of `clipfast.train`; the message says what is wrong with it.
+        ImportError: a package of the demo is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"resume: there is no checkpoint {path}")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        TrainConfig(**state["config"])
+        _check(state)
+    except ImportError:
+        raise
     except Exception as error:
-        raise ValueError(f"resume: {path} is no checkpoint of clipfast.train") from error
+        # What torch.load has to say of a broken file is long, and not about this file.
+        why = f": {error}" if isinstance(error, ValueError) else ""
+        raise ValueError(f"resume: {path} is no checkpoint of clipfast.train{why}") from error
     return state
+
+
+def _check(state: Any) -> None:
+    check_parts("the file", state, PARTS)
+    check_parts("config", state["config"], dict.fromkeys(asdict(TrainConfig()), (int, float, str)))
+    config, epoch, history = TrainConfig(**state["config"]), state["epoch"], state["history"]
+    if not 1 <= epoch <= config.epochs:
+        raise ValueError(f"epoch is {epoch}, not a number from 1 to the run's {config.epochs} epochs")
+    if len(history) != epoch:
+        raise ValueError(f"history has {len(history)} rows, not one for each of {epoch} epochs")
+    for number, row in enumerate(history, 1):
+        check_parts(f"row {number} of history", row, dict.fromkeys(COLUMNS, (int, float)))
+        if row["epoch"] != number or not all(map(math.isfinite, row.values())):
+            raise ValueError(f"row {number} of history is not that of epoch {number}, or not finite: {row!r:.100}")
+    require("tokenizers")
+    try:
+        tokenizer = Tokenizer(state["tokenizer"])
+    except Exception as error:  # the package has no class of errors of its own
+        raise ValueError(f"tokenizer: {error}") from error
+    model = _build(config, tokenizer)
+    check_tensors("model", state["model"], model.state_dict())
+    check_optimizer("optimizer", state["optimizer"], model, _optimizer(config, model))
+
+
+def _build(config: TrainConfig, tokenizer: Tokenizer) -> CLIP:
+    return build_model(config.model, tokenizer.vocab_size, CONTEXT_LENGTH, config.text, config.dropout)
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    adam = RESNET_ADAM if CONFIGS[config.model].patch_size is None else VIT_ADAM
+    return torch.optim.AdamW(parameter_groups(model, config.weight_decay), **adam)
 
 
 def rebuild(state: Mapping[str, Any]) -> tuple[CLIP, Tokenizer]:
     """The model, in eval mode, and the tokenizer of a checkpoint."""
-    config, tokenizer = TrainConfig(**state["config"]), Tokenizer(state["tokenizer"])
-    model = build_model(config.model, tokenizer.vocab_size, CONTEXT_LENGTH, config.text, config.dropout)
+    tokenizer = Tokenizer(state["tokenizer"])
+    model = _build(TrainConfig(**state["config"]), tokenizer)
     model.load_state_dict(state["model"])
     return model.eval(), tokenizer
 
 
 def train(config: TrainConfig) -> Result:
-    """A new run.
+    """A new run; it ends with the first epoch that is not finite.
 
     Raises:
         FileExistsError: the folder already holds a run.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or another run is at work in it.
         ValueError: a batch is larger than the training set.
         ImportError: a package of the demo is missing.
     """
     checkpoint = Path(config.out, "checkpoint.pt")
-    if checkpoint.exists():
-        raise FileExistsError(f"out: {config.out} holds a run; give another folder, or --resume {checkpoint}")
-    return _run(config, None)
+    with locked(checkpoint.parent):
+        if checkpoint.exists():
+            raise FileExistsError(f"out: {config.out} holds a run; give another folder, or --resume {checkpoint}")
+        return _run(config, None)
 
 
 def resume(checkpoint: Path) -> Result:
@@ -210,16 +238,16 @@ def resume(checkpoint: Path) -> Result:
     Raises:
         FileNotFoundError, ValueError: see `load_checkpoint`; otherwise as `train`.
     """
-    state = load_checkpoint(checkpoint)
-    return _run(TrainConfig(**{**state["config"], "out": str(checkpoint.parent)}), state)
+    load_checkpoint(checkpoint)  # before anything is written beside a file that is none
+    with locked(checkpoint.parent):
+        state = load_checkpoint(checkpoint)
+        return _run(TrainConfig(**{**state["config"], "out": str(checkpoint.parent)}), state)
 
 
 def _run(config: TrainConfig, state: Mapping[str, Any] | None) -> Result:
     tqdm, tensorboard = require("tqdm").tqdm, require("torch.utils.tensorboard")
     require("clipfast.pictures")
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # fails now, not after the first epoch, if the folder cannot be written
 
     training, held_out = split(read_concepts(), config.seed)
     if config.batch_size > len(training):
@@ -231,15 +259,14 @@ def _run(config: TrainConfig, state: Mapping[str, Any] | None) -> Result:
     if state is None:
         captions = [caption for captions in pairs.captions for caption in captions]
         tokenizer = Tokenizer.train(captions, VOCAB_SIZE, CONTEXT_LENGTH)
-        model = build_model(config.model, tokenizer.vocab_size, CONTEXT_LENGTH, config.text, config.dropout)
+        model = _build(config, tokenizer)
         first_epoch, history = 0, []
     else:
         model, tokenizer = rebuild(state)
         first_epoch, history = state["epoch"], list(state["history"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    adam = RESNET_ADAM if CONFIGS[config.model].patch_size is None else VIT_ADAM
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), **adam)
+    optimizer = _optimizer(config, model)
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
 
@@ -262,12 +289,16 @@ def _run(config: TrainConfig, state: Mapping[str, Any] | None) -> Result:
                 step += 1
                 bar.update()
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
+                if not math.isfinite(losses[-1]):
+                    break
             row = {"epoch": epoch + 1, "step": step, "lr": lr, "train_loss": sum(losses) / len(losses)}
             row |= evaluate(model, tokenizer, held_out_pairs)
             history.append(row)
             for name, value in row.items():
                 writer.add_scalar(name, value, step)
             write_log(out / "log.csv", history)
+            if not all(map(math.isfinite, row.values())):
+                break  # the checkpoint stays the last good one
             save_checkpoint(
                 out / "checkpoint.pt",
                 {
@@ -285,7 +316,10 @@ def _run(config: TrainConfig, state: Mapping[str, Any] | None) -> Result:
 
 
 def _draw_pictures(result: Result, images: Tensor) -> None:
-    """loss.png, and retrieval.png with images [n, 3, h, w], the first held-out ones, ranked by zero-shot prompts."""
+    """loss.png, and retrieval.png with images [n, 3, h, w], the first held-out ones, ranked by zero-shot prompts.
+
+    A model that diverged ranks nothing.
+    """
     pictures, out, model, held_out = (
         require("clipfast.pictures"),
         Path(result.config.out),
@@ -293,6 +327,8 @@ def _draw_pictures(result: Result, images: Tensor) -> None:
         result.held_out,
     )
     pictures.plot_loss(out / "loss.png", result.history, math.log(result.config.batch_size), math.log(len(held_out)))
+    if result.diverged:
+        return
     device = model.head.logit_scale.device
     names = [concept.name for concept in held_out]
     weights = zero_shot_weights(model, lambda texts: result.tokenizer(texts).to(device), names, TEMPLATES)
@@ -301,17 +337,8 @@ def _draw_pictures(result: Result, images: Tensor) -> None:
     pictures.plot_retrieval(out / "retrieval.png", large, names, probabilities)
 
 
-def write_log(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """One line for each epoch."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_whole(path, text.getvalue().encode())
-
-
 def report(result: Result) -> str:
-    """A small table: recall on the held-out concepts next to chance, k / n."""
+    """A small table: recall on the held-out concepts next to chance, k / n; and whether the run diverged."""
     row, n = result.history[-1], len(result.held_out)
     lines = [f"{n} held-out concepts" + "".join(f"{f'R@{k}':>10}" for k in KS)]
     width = len(lines[0]) - 10 * len(KS)
@@ -324,11 +351,14 @@ def report(result: Result) -> str:
         recall = [row[f"{direction}_R@{k}"] for k in KS]
         lines.append(line(direction.replace("_", " "), [f"{value:.1%}" for value in recall]))
         lines.append(line("  times chance", [f"{value * n / k:.1f}" for value, k in zip(recall, KS, strict=True)]))
+    if result.diverged:
+        figures = ", ".join(f"{name} {value}" for name, value in row.items() if not math.isfinite(value))
+        lines.append(f"diverged in epoch {row['epoch']:.0f} at learning rate {row['lr']:.3g}: {figures}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status: 0, 1 after an error or a run that diverged, 130 after an interrupt."""
     parser = argparse.ArgumentParser(prog="python -m clipfast.train", description=__doc__.splitlines()[0])
     for field in fields(TrainConfig):
         accepted = {"model": tuple(CONFIGS), "text": TEXT_ENCODERS}.get(field.name)
@@ -360,8 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"interrupted; {how if checkpoint.exists() else 'no epoch was finished'}", file=sys.stderr)
         return 130
     print(report(result))
-    print(f"pictures, log and checkpoint: {result.config.out}")
-    return 0
+    print(f"the run's files: {result.config.out}")
+    return 1 if result.diverged else 0
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ def assert_three_way(
     formula: Callable[..., Tensor] = reference.contrastive_loss,
     exact_formula: Callable[..., Tensor] = reference.contrastive_loss,
     loss_fn: Callable[..., Tensor] = clipfast.contrastive_loss,
+    gradient_sum: float = 2.0,
     **options: Any,
 ) -> None:
     """err(clipfast) <= 2 err(PyTorch, same dtype) + eps, for loss, dx, dy, dscale and dbias.
@@ -137,9 +138,9 @@ def assert_three_way(
     They change every logit by eps |L|, hence every P by eps (|L| + 2) relative to itself (logit, exponential, weight),
     and sums of m terms add about eps sqrt(m) (Higham and Mary 2019, "A new approach to probabilistic rounding error
     analysis"), but eps m / 4 with d = 1, where normalized features are 1 or -1, terms are alike and round one way. For
-    a gradient that is relative to sum |G|, which is 2 in all and 2/n in a row or column, times a feature and the scale
-    (dx, dy), a cosine (dscale) or 1 (dbias). PyTorch's own error can happen to lie below that where all logits are
-    alike. In float64 there is no truer truth: two computations of one formula are compared, within 8 eps.
+    a gradient that is relative to sum |G|, `gradient_sum` in all and that over n in a row or column, times a feature
+    and the scale (dx, dy), a cosine (dscale) or 1 (dbias). PyTorch's own error can happen to lie below that where all
+    logits are alike. In float64 there is no truer truth: two computations of one formula are compared, within 8 eps.
 
     A backend that multiplies halves rounds G to the inputs' dtype (`operand_rounding`). So does the dense formula, but
     where all logits are alike its elements of G may be powers of two, which are exact.
@@ -150,13 +151,19 @@ def assert_three_way(
     accumulator = accumulation_dtype(torch.promote_types(x.dtype, y.dtype))
     length = max(1.0, x.double().norm(dim=1).max().item(), y.double().norm(dim=1).max().item())
     largest_logit = scale * length**2 + abs(bias)
-    feature = 2 / len(x) * scale * length
+    feature = gradient_sum / len(x) * scale * length
     sum_rounding = len(y) / 4 if x.shape[1] == 1 else math.sqrt(len(y))
     rounded_gradient = 0.0
     if x.dtype == y.dtype and (x.is_cuda or x.dtype in half_operands(backend)):
         coordinate = max(x.double().abs().max().item(), y.double().abs().max().item())
-        rounded_gradient = operand_rounding(x.dtype, x.device) * 2 / len(x) * scale * coordinate
-    terms = {"loss": 1.0, "dx": feature, "dy": feature, "dscale": 2 * length**2, "dbias": 2.0}
+        rounded_gradient = operand_rounding(x.dtype, x.device) * gradient_sum / len(x) * scale * coordinate
+    terms = {
+        "loss": gradient_sum / 2,
+        "dx": feature,
+        "dy": feature,
+        "dscale": gradient_sum * length**2,
+        "dbias": gradient_sum,
+    }
     for name, term in terms.items():
         value, exact_value = getattr(got, name), getattr(exact, name)
         rounding = 2 * torch.finfo(value.dtype).eps * exact_value.abs().max().item()

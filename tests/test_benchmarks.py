@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,69 @@ def test_a_killed_run_leaves_finished_rows_and_goes_on(tmp_path: Path, monkeypat
     assert any("already in result.json" in line for line in lines)
 
     monkeypatch.setattr(environment, "describe", lambda device: described | {"commit": "4567"})
-    assert runner(tmp_path, cases=(other,)).run(silent)["rows"][0]["n"] == 32
+    with pytest.raises(FileExistsError, match=r"result\.json holds another run's result"):
+        runner(tmp_path, cases=(other,))
+    assert json.loads((tmp_path / "result.json").read_text())["rows"] == rows
+
+
+@pytest.fixture
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README.md, results/ and runs/ of a project that the test may spoil."""
+    shutil.copytree(environment.RESULTS, tmp_path / "benchmarks" / "results")
+    shutil.copy(environment.ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "RESULTS", tmp_path / "benchmarks" / "results")
+    monkeypatch.setattr(environment, "RUNS", tmp_path / "runs" / "benchmarks")
+
+
+@pytest.mark.usefixtures("_folders")
+def test_a_trial_leaves_committed_results_and_readme_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the very device of the committed results; a second trial does not overwrite the first either."""
+    committed = json.loads((environment.RESULTS / "amd-epyc-2-threads.json").read_text())
+    described = environment.describe("cpu") | {"uncommitted_changes": True}
+    described |= {key: committed[key] for key in ("device", "threads")}
+    monkeypatch.setattr(environment, "describe", lambda device: dict(described))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: committed["threads"])
+    monkeypatch.setattr(memory, "run", lambda: {"rows": []})
+    monkeypatch.setattr(accuracy, "run", lambda device: {"rows": []})
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.glob("*.json")}
+
+    before, readme = contents(environment.RESULTS), (tmp_path / "README.md").read_text()
+    for _ in range(2):
+        main(["run", "--n", "64", "--d", "32", "--dtype", "float32", "--only", "clipfast torch"])
+        main(["memory"])
+        main(["accuracy"])
+    main(["report"])
+    assert contents(environment.RESULTS) == before
+    assert (tmp_path / "README.md").read_text() == readme
+    speed = ["amd-epyc-2-threads-2.json", "amd-epyc-2-threads.json"]
+    names = speed + [f"{kind}-{name}" for kind in ("accuracy", "memory") for name in speed]
+    assert set(contents(environment.RUNS)) == set(names)
+
+    trials = [environment.RUNS / name for name in speed]
+    main(["report", *map(str, trials)])
+    printed = capsys.readouterr().out
+    assert "float32, d = 32, forward and backward" in printed
+    assert all(path.with_suffix(".png").stat().st_size > 10_000 for path in trials)
+    assert (tmp_path / "README.md").read_text() == readme
+    for command in (["run", "--n", "64"], ["memory"], ["accuracy"]):
+        with pytest.raises(FileExistsError, match=r"--out: .*holds another run's result"):
+            main([*command, "--out", str(trials[0])])
+
+
+@pytest.mark.usefixtures("_folders")
+def test_a_trial_among_the_committed_results_empties_no_table(tmp_path: Path) -> None:
+    readme = (tmp_path / "README.md").read_text()
+    path = environment.RESULTS / "trial.json"
+    trial = runner(tmp_path, only="clipfast torch").run(silent)
+    path.write_text(json.dumps(trial))
+    with pytest.raises(ValueError, match=r"trial\.json: a trial, which would empty README\.md's table"):
+        main(["report"])
+    assert (tmp_path / "README.md").read_text() == readme
 
 
 def test_the_truth_beyond_the_dense_one_agrees_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +216,8 @@ def test_plots_and_tables_come_from_the_result(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 20_000
     table = report.speed_table(result)
     row = next(r for r in result["rows"] if r["candidate"] == "clipfast torch" and r["n"] == 64)
-    assert f"{1e3 * row['total']['median']:.2f} ({row['products']:.1f})" in table
+    assert report._cell(row) in table
+    assert report._cell(row).endswith(f" ({row['products']:.1f})")
     assert result["date"] in table
 
 

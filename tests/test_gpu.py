@@ -13,7 +13,7 @@ from oracle import assert_three_way, error, evaluate, features, ours, reasons_ag
 from torch import Tensor
 
 import clipfast
-from clipfast import autograd, dispatch, reference, tuning
+from clipfast import dispatch, operators, reference, tuning
 
 pytestmark = [
     pytest.mark.gpu,
@@ -241,8 +241,9 @@ def test_a_device_that_is_not_the_current_one(backend: str) -> None:
 @pytest.mark.parametrize("test", ["test_schema", "test_autograd_registration", "test_faketensor"])
 def test_opcheck(backend: str, test: str, normalize: bool) -> None:
     x, y, scale = leaves(64, 32)
-    arguments = (x, y, scale, torch.tensor(0.5, device="cuda", requires_grad=True), normalize, 0.1, backend)
-    torch.library.opcheck(autograd.contrastive_loss, arguments, test_utils=test)
+    bias = torch.tensor(0.5, device="cuda", requires_grad=True)
+    arguments = (x, y, scale, bias, None, None, normalize, 0.1, "both", "mean", "ignore", False, backend)
+    torch.library.opcheck(operators.contrastive_loss.operator, arguments, test_utils=test)
 
 
 def test_compiles_as_one_graph_with_a_dynamic_batch(backend: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from towers import Towers
 
 import clipfast
-from clipfast import autograd, reference
+from clipfast import operators, reference
 
 
 def test_output_dict_holds_one_key() -> None:
@@ -91,7 +91,7 @@ def test_opcheck(backend: str, test: str, normalize: bool, dtype: torch.dtype) -
     x, y = (t.requires_grad_() for t in features("trained", 5, 7, 4, dtype))
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.5))
     arguments = (x, y, scale, bias, None, None, normalize, 0.1, "both", "mean", "ignore", False, backend)
-    torch.library.opcheck(autograd.contrastive_loss, arguments, test_utils=test)
+    torch.library.opcheck(operators.contrastive_loss.operator, arguments, test_utils=test)
 
 
 def test_compiles_as_one_graph_with_a_dynamic_batch(backend: str) -> None:
@@ -158,4 +158,4 @@ def test_retrieval_metrics_give_nothing_to_collapsed_or_broken_features() -> Non
 )
 def test_retrieval_metrics_refuse(arguments: tuple[Tensor, Tensor], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        clipfast.retrieval_metrics(*arguments, ks=(1, 0))
+        clipfast.retrieval_metrics(*arguments, ks=(1, 0) if text.startswith("ks") else (1,))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from oracle import assert_three_way, error, evaluate, features
 from torch import Tensor
 
-from clipfast import autograd, dispatch, reference
-from clipfast.functional import image_to_text_loss
+from clipfast import dispatch, operators, reference
+from clipfast.functional import contrastive_loss
+
+dense_image_to_text = functools.partial(reference.contrastive_loss, direction="image_to_text")
+image_to_text_loss = functools.partial(contrastive_loss, direction="image_to_text")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("loss", "dx", "dy", "dscale", "dbias")
 
 
 def assert_one_direction(x: Tensor, y: Tensor, scale: float, *, backend: str, label_smoothing: float = 0.0) -> None:
-    dense = reference.image_to_text_loss
+    dense = dense_image_to_text
     assert_three_way(
         x,
         y,
@@ -48,7 +53,7 @@ def test_dtypes_and_label_smoothing(backend: str, m: int, smoothing: float, dtyp
 def test_normalized(backend: str, smoothing: float) -> None:
     def dense(x: Tensor, y: Tensor, s: Tensor, b: Tensor) -> Tensor:
         rows = reference.l2_normalize(x), reference.l2_normalize(y)
-        return reference.image_to_text_loss(*rows, s, b, label_smoothing=smoothing)
+        return dense_image_to_text(*rows, s, b, label_smoothing=smoothing)
 
     def ours(x: Tensor, y: Tensor, s: Tensor, b: Tensor, backend: str) -> Tensor:
         return image_to_text_loss(x, y, s, b, normalize=True, label_smoothing=smoothing, backend=backend)
@@ -75,7 +80,7 @@ def test_not_finite_input_comes_out_as_in_the_dense_formula(backend: str, place:
     """One broken row leaves the gradients of the others finite: no column's statistics pass through."""
     x, y = features("random", 70, 73, 8)
     {"x": x[1], "y": y[1], "extra": y[71]}[place][3] = value
-    dense = evaluate(reference.image_to_text_loss, x, y, 14.3)
+    dense = evaluate(dense_image_to_text, x, y, 14.3)
     got = evaluate(image_to_text_loss, x, y, 14.3, backend=backend)
     for name in ("loss", "dx", "dy", "dscale"):
         expected, actual = getattr(dense, name), getattr(got, name)
@@ -90,7 +95,7 @@ def test_opcheck(backend: str, test: str) -> None:
     x, y = (t.requires_grad_() for t in features("trained", 5, 7, 4))
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.5))
     arguments = (x, y, scale, bias, None, None, True, 0.1, "image_to_text", "mean", "ignore", False, backend)
-    torch.library.opcheck(autograd.contrastive_loss, arguments, test_utils=test)
+    torch.library.opcheck(operators.contrastive_loss.operator, arguments, test_utils=test)
 
 
 def test_compiles_as_one_graph(backend: str) -> None:

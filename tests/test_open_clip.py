@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -306,3 +307,19 @@ def test_options_are_checked_at_once() -> None:
     integration.patch(backend="nonsense")
     with pytest.raises(ValueError, match="'nonsense' is unknown"):
         open_clip.ClipLoss()(*features("random", 8, 8, 4), 5.0)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    """Where open_clip's formula gives NaN; the docstring of patch says so."""
+    loss, x = open_clip.ClipLoss(), torch.empty(0, 4)
+    assert loss(x, x, 5.0).isnan()
+    integration.patch()
+    with pytest.raises(ValueError, match="image_features"):
+        loss(x, x, 5.0)
+    assert "n = 0, raises ValueError" in integration.patch.__doc__
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip.loss", None)
+    with pytest.raises(ImportError, match=r'pip install "clipfast\[open-clip\]"'):
+        importlib.reload(integration)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -70,5 +72,33 @@ def test_wheel_from_the_sdist_has_the_compiled_backend(sdist: Path, tmp_path: Pa
 def test_install_without_a_compiler_succeeds_and_says_what_is_missing(sdist: Path, tmp_path: Path) -> None:
     pip("install", "--quiet", "--no-deps", "--target", str(tmp_path), str(sdist), CXX="/nonexistent/c++")
     output = run_installed(tmp_path)
-    assert "the compiled extension clipfast._cpu is missing" in output
-    assert str(tmp_path) in output
+    assert f"the compiled extension clipfast._cpu is missing from {tmp_path / 'clipfast'}" in output
+    assert "--no-cache-dir --force-reinstall" in output
+
+
+def fake_import(folder: Path, path: str = "") -> str:
+    """What is said of the cpu backend of a copy of the sources that is imported from `folder`."""
+    return subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = [{str(folder)!r}, {path!r}]; "
+         f"sys.path += {[entry for entry in sys.path if 'site-packages' in entry]!r}\n{PROGRAM}"],
+        cwd=folder, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+
+
+def test_a_checkout_without_extension_names_the_build_that_is_installed(tmp_path: Path) -> None:
+    """Not a circular import, as Python has it."""
+    checkout, installed = tmp_path / "checkout", tmp_path / "site"
+    shutil.copytree(ROOT / "clipfast", checkout / "clipfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (installed / "clipfast").mkdir(parents=True)
+    output = fake_import(checkout, str(installed))
+    assert f"clipfast._cpu is missing from {checkout / 'clipfast'}, where clipfast was imported from" in output
+    assert str(installed) not in output
+    (installed / "clipfast" / f"_cpu{EXTENSION_SUFFIXES[0]}").touch()
+    output = fake_import(checkout, str(installed))
+    assert f"a build is installed in {installed / 'clipfast'}: start Python outside of {checkout}" in output
+    assert "circular" not in output
+    (checkout / "clipfast" / "_cpu.cpython-38-x86_64-linux-gnu.so").touch()
+    assert "_cpu.cpython-38-x86_64-linux-gnu.so there is for another Python" in fake_import(checkout)
+    broken = checkout / "clipfast" / f"_cpu{EXTENSION_SUFFIXES[0]}"
+    broken.write_bytes(b"no library")
+    assert f"clipfast._cpu does not load from {broken.parent}: " in fake_import(checkout)

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from clipfast import data, train as training
+from clipfast.checkpoint import save_checkpoint
 from clipfast.data import Concept, Pairs, read_concepts
 from clipfast.model import CONFIGS, build_model
 from clipfast.train import (
@@ -24,10 +25,8 @@ from clipfast.train import (
     rebuild,
     report,
     resume,
-    save_checkpoint,
     train,
     train_step,
-    write_whole,
 )
 
 CONCEPTS = 240
@@ -74,6 +73,7 @@ def test_it_learns(run: Result) -> None:
 def test_what_a_run_leaves(run: Result) -> None:
     out = Path(run.config.out)
     assert {path.name for path in out.iterdir()} == {
+        ".lock",
         "checkpoint.pt",
         "log.csv",
         "loss.png",
@@ -141,26 +141,6 @@ def test_seeds(tmp_path: Path) -> None:
     assert log("a", 1) == log("b", 1) != log("c", 2)
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"epoch": 1})
-
-    def fail(descriptor: int) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(path, {"epoch": 2})
-    assert torch.load(path) == {"epoch": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def test_write_whole_replaces(tmp_path: Path) -> None:
-    for content in (b"a long first version", b"second"):
-        write_whole(tmp_path / "file", content)
-    assert (tmp_path / "file").read_bytes() == b"second"
-
-
 def test_decay_groups() -> None:
     model = build_model("vit-tiny", 50, 7)
     decayed, free = parameter_groups(model, 0.2)
@@ -207,6 +187,10 @@ def test_the_step_clips_the_logit_scale() -> None:
         ("weight_decay", -1.0),
         ("dropout", 1.0),
         ("seed", -1),
+        ("epochs", 2.5),
+        ("seed", True),
+        ("lr", "fast"),
+        ("out", Path("runs")),
     ],
 )
 def test_wrong_settings_are_named(option: str, value: object) -> None:
@@ -245,3 +229,44 @@ def test_an_interrupt_says_how_to_go_on(
     monkeypatch.setattr(training, "train", stop)
     assert main(["--out", str(tmp_path)]) == 130
     assert f"python -m clipfast.train --resume {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
+
+
+def test_a_diverged_run_ends_with_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In its first epoch, with a log and no checkpoint of broken weights; the next run may have the folder."""
+    arguments = ("--out", str(tmp_path), "--batch-size", "64", "--epochs", "2")
+    assert main([*arguments, "--lr", "1e30"]) == 1
+    printed = capsys.readouterr()
+    assert "24 held-out concepts" in printed.out
+    assert "diverged in epoch 1 at learning rate 1e+30: train_loss nan" in printed.out
+    assert "error" not in printed.err
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "log.csv", "loss.png", "tensorboard"}
+    assert main(arguments) == 0
+    assert "diverged in" not in capsys.readouterr().out
+
+
+def test_the_checkpoint_of_a_run_that_diverges_is_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+
+    def diverging(model: Any, *arguments: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 5:  # in the second epoch of three steps
+            with torch.no_grad():
+                model.head.w_i.fill_(math.nan)
+        return train_step(model, *arguments)
+
+    monkeypatch.setattr(training, "train_step", diverging)
+    result = train(TrainConfig(out=str(tmp_path), epochs=4, batch_size=64))
+    assert result.diverged
+    assert (steps, len(result.history)) == (5, 2)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize("text", ["cbow", "transformer"])
+def test_every_model_resumes(tmp_path: Path, model: str, text: str) -> None:
+    """What a run saves is what resume accepts, a learning rate without a fraction too."""
+    train(TrainConfig(out=str(tmp_path), model=model, text=text, epochs=1, batch_size=100, lr=1, weight_decay=0))
+    assert len(resume(tmp_path / "checkpoint.pt").history) == 1

@@ -12,61 +12,33 @@ from typing import Any
 
 import pytest
 import torch
+from clip_models import (
+    LOGITS,
+    N,
+    assert_same,
+    distance,
+    flat,
+    gradients,
+    make_batch,
+    make_model,
+    norm,
+    transformers,
+)
 from oracle import assert_three_way, error, evaluate
 from torch import Tensor, nn
 
 import clipfast
 from clipfast import reference
 
-transformers = pytest.importorskip("transformers", reason="transformers is missing; the extra `transformers` brings it")
 integration = importlib.import_module("clipfast.integrations.transformers")
 modeling_clip = importlib.import_module("transformers.models.clip.modeling_clip")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "transformers_trainer.py"
-
-N, WORDS, VOCABULARY, SIZE = 37, 8, 99, 30
-FIELDS = ("text_embeds", "image_embeds", "text_model_output", "vision_model_output")
-LOGITS = ("logits_per_text", "logits_per_image")
 
 
 @pytest.fixture(autouse=True)
 def _unpatch() -> Iterator[None]:
     yield
     integration.unpatch()
-
-
-def make_model(scale: float = 14.3) -> Any:
-    """A CLIPModel of about 50 thousand parameters in training mode; the same at every call."""
-    torch.manual_seed(0)
-    width = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {"vocab_size": VOCABULARY, "max_position_embeddings": WORDS, "eos_token_id": VOCABULARY - 1}
-    vision = {"image_size": SIZE, "patch_size": 10}
-    config = transformers.CLIPConfig(
-        text_config=width | text | {"bos_token_id": 0, "pad_token_id": 1},
-        vision_config=width | vision,
-        projection_dim=24,
-        logit_scale_init_value=math.log(scale),
-    )
-    return transformers.CLIPModel(config).train()
-
-
-def make_batch() -> dict[str, Any]:
-    """Texts of several lengths, and pictures."""
-    torch.manual_seed(1)
-    tokens = torch.randint(2, VOCABULARY - 1, (N, WORDS))
-    end = torch.randint(2, WORDS, (N, 1))
-    positions = torch.arange(WORDS)
-    tokens = tokens.masked_fill(positions == end, VOCABULARY - 1).masked_fill(positions > end, 1)
-    return {
-        "input_ids": tokens,
-        "attention_mask": (positions <= end).long(),
-        "pixel_values": torch.randn(N, 3, SIZE, SIZE),
-        "return_loss": True,
-    }
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def exact_loss(model: Any, output: Any) -> Tensor:
@@ -132,50 +104,100 @@ def test_training_step() -> None:
         assert error(update, exact[name]) <= 1e-12 * max(1.0, norm(exact)), name
 
 
-def distance(values: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    return norm({name: values[name].double() - value for name, value in exact.items()})
-
-
-def norm(values: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(value.double().square().sum().item() for value in values.values()))
-
-
-def flat(output: Any) -> dict[str, Tensor]:
-    """Every tensor of an output, by its place."""
-    if isinstance(output, Tensor):
-        return {"": output}
-    if output is None:
-        return {}
-    items = output.items() if hasattr(output, "items") else enumerate(output)
-    return {f"{key}.{place}": tensor for key, value in items for place, tensor in flat(value).items()}
-
-
 @pytest.mark.parametrize("options", [{}, {"output_hidden_states": True, "output_attentions": True}], ids=["", "all"])
-def test_output_is_as_before_without_logits(options: dict[str, bool]) -> None:
+def test_training_output_is_as_before_without_logits(options: dict[str, bool]) -> None:
     model, batch = make_model(), make_batch() | options
     model.set_attn_implementation("eager")
     expected = model(**batch)
     integration.patch()
     output = model(**batch)
     assert type(output) is type(expected)
-    assert error(output.loss, expected.loss) <= 1e-6
+    assert_same(output, expected, apart=LOGITS)
+    assert len(output.to_tuple()) == len(expected.to_tuple()) == 7
     for name in LOGITS:
-        assert getattr(output, name) is None
-    for name in FIELDS:
-        before, after = flat(getattr(expected, name)), flat(getattr(output, name))
-        assert list(after) == list(before)
-        assert all(torch.equal(after[place], before[place]) for place in before)
-    assert ("hidden_states.0." in flat(output.text_model_output)) == bool(options)
+        assert output[name].shape == (N, 0)
+    assert ("text_model_output.hidden_states.0." in flat(output)) == bool(options)
 
 
-def test_return_logits_asks_for_them() -> None:
+@pytest.mark.parametrize("wish", [{}, {"return_dict": False}, {"return_dict": True}, "configuration"], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_every_field_keeps_its_place(training: bool, wish: Any) -> None:
+    """Logits, without a graph, in evaluation mode and in a tuple that was asked for."""
+    model, batch = make_model().train(training), make_batch()
+    by_configuration = wish == "configuration"  # transformers' own forward does not take it from there
+    batch |= {} if by_configuration else wish
+    expected = model(**batch, return_dict=False) if by_configuration else model(**batch)
+    model.config.return_dict = not by_configuration
+    integration.patch()
+    output = model(**batch)
+    assert type(output) is type(expected)
+    output, expected = (v if isinstance(v, tuple) else v.to_tuple() for v in (output, expected))
+    with_logits = not training or wish in ("configuration", {"return_dict": False})
+    assert len(output) == len(expected) == 7
+    assert_same(dict(enumerate(output[3:])), dict(enumerate(expected[3:])))
+    assert error(output[0], expected[0]) <= 1e-6
+    for logits, before in zip(output[1:3], expected[1:3], strict=True):
+        assert torch.equal(logits, before) if with_logits else logits.shape == (N, 0)
+        assert not logits.requires_grad
+    output[0].backward()
+
+
+def test_return_logits() -> None:
+    """True asks for them with their graph, False for none anywhere."""
     model, batch = make_model(), make_batch()
     expected = model(**batch)
     integration.patch()
     output = model(**batch, return_logits=True)
-    for name in LOGITS:
-        assert torch.equal(getattr(output, name), getattr(expected, name))
+    assert_same(output, expected)
+    assert all(output[name].requires_grad for name in LOGITS)
     assert torch.equal(output.loss, model(**batch).loss)
+    for options in ({}, {"return_dict": False}):
+        assert model.eval()(**batch, return_logits=False, **options)[1].shape == (N, 0)
+
+
+def make_trainer(path: Path, model: nn.Module) -> Any:
+    pytest.importorskip("accelerate", reason="accelerate is missing; transformers' Trainer needs it")
+    names = ("input_ids", "attention_mask", "pixel_values")
+    batch = make_batch()
+    rows = [{name: batch[name][i] for name in names} for i in range(N)]
+
+    def collate(some: list[dict[str, Tensor]]) -> dict[str, Any]:
+        return {name: torch.stack([row[name] for row in some]) for name in names} | {"return_loss": True}
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(path), per_device_eval_batch_size=16, report_to="none", use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=arguments, data_collator=collate, eval_dataset=rows)
+    return trainer, rows
+
+
+def test_trainer_predicts_what_it_did(tmp_path: Path) -> None:
+    """Every field of every batch in its place: predictions[0] is logits_per_image."""
+    trainer, rows = make_trainer(tmp_path, make_model())
+    expected = trainer.predict(rows)
+    integration.patch()
+    got = trainer.predict(rows)
+    assert expected.predictions[0].shape == (N, 16)  # three batches, the last padded
+
+    assert_same(got.predictions, expected.predictions)
+    for metrics in (got.metrics, trainer.evaluate()):
+        loss = next(value for name, value in metrics.items() if name.endswith("_loss"))
+        assert loss == pytest.approx(expected.metrics["test_loss"], abs=1e-6)
+
+
+def test_the_loss_of_a_model_in_bfloat16_is_float32() -> None:
+    model, batch = make_model(100.0).bfloat16(), make_batch()
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    expected = model(**batch)
+    integration.patch()
+    output = model(**batch, return_logits=True)
+    assert (expected.loss.dtype, output.loss.dtype) == (torch.bfloat16, torch.float32)
+    assert_same(output, expected, apart=("loss",))
+    embeds = output.text_embeds.double(), output.image_embeds.double()
+    assert error(output.loss, reference.contrastive_loss(*embeds, model.logit_scale.exp().double())) <= 1e-5
+    model.eval()
+    assert_same(model(**batch), model(**batch, return_logits=True))
 
 
 @pytest.mark.parametrize("return_loss", [None, False])
@@ -193,31 +215,18 @@ def test_without_a_loss_it_is_transformers_forward(return_loss: bool | None) -> 
     assert all(torch.equal(after[place], before[place]) for place in before)
 
 
-@pytest.mark.parametrize("return_loss", [True, False])
-def test_return_dict(return_loss: bool) -> None:
-    """A tuple holds what is not None, in the same order."""
-    model, batch = make_model(), make_batch() | {"return_loss": return_loss}
-    integration.patch()
-    named, values = model(**batch), model(**batch, return_dict=False)
-    assert isinstance(values, tuple)
-    assert len(values) == (5 if return_loss else 6)
-    for value, expected in zip(values, named.to_tuple(), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(flat(value).values(), flat(expected).values(), strict=True))
-    if return_loss:  # transformers' own forward does not take it from the configuration
-        model.config.return_dict = False
-        assert isinstance(model(**batch), tuple)
-        assert isinstance(model(**batch, return_dict=True), modeling_clip.CLIPOutput)
-
-
 def test_positional_arguments_and_signature() -> None:
     model, batch = make_model(), make_batch()
     before = inspect.signature(model.forward).parameters
     expected = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], None, True)
     integration.patch()
     after = inspect.signature(model.forward).parameters
-    assert [name for name in after if name != "return_logits"][: len(before) - 1] == list(before)[:-1]
+    assert [name for name in after if name != "return_logits"] == list(before)
     output = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], None, True)
     assert error(output.loss, expected.loss) <= 1e-6
+    for wrong in (([None] * 7, {}), ([batch["input_ids"]], batch)):
+        with pytest.raises(TypeError, match=r"forward\(\)"):
+            model(*wrong[0], **wrong[1])
 
 
 def test_activation_checkpointing_changes_no_bit() -> None:
@@ -311,7 +320,7 @@ def test_patched_restores_what_was_there() -> None:
 def test_options_are_checked_at_once(options: dict[str, Any], error_type: type[Exception], text: str) -> None:
     with pytest.raises(error_type, match=text):
         integration.patch(**options)
-    assert transformers.CLIPModel.forward is integration.TRANSFORMERS_FORWARD
+    assert transformers.CLIPModel.forward is integration.TRANSFORMERS_FORWARDS[transformers.CLIPModel]
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

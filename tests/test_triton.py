@@ -236,7 +236,7 @@ def test_float16_gradient_of_a_huge_batch(strategy: str) -> None:
 def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
     case = block(75, 90, 20, dtype, diag_offset=3)
     runs = [
-        case.forward(config=STATISTICS)
+        case.forward(config=STATISTICS)[:3]
         + case.backward(config=GRADIENT, strategy="chunks")
         + case.backward(config=ACCUMULATE, strategy="registers")
         for _ in range(2)

@@ -48,6 +48,7 @@ where p and, with same_id "positive", the same pairs are positives. Both keep th
 Distillation, of a block and its teacher's T, which has no positives, nor ids:
 
     row_cross_i = sum_j exp(T_ij - t_row_lse_i) L_ij,   col_cross_j = sum_i exp(T_ij - t_col_lse_j) L_ij
+                  (of no meaning where the teacher's weight is 0)
     G_ij = row_weight_i exp(L_ij - row_lse_i) + col_weight_j exp(L_ij - col_lse_j)
          - t_row_weight_i exp(T_ij - t_row_lse_i) - t_col_weight_j exp(T_ij - t_col_lse_j)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,26 @@ from clipfast.block import (
 )
 from clipfast.problem import DISTILLATION, RANKS, SIGMOID, Problem, accumulation_dtype
 
+
+def _why_missing(error: ImportError) -> str:
+    """What is wrong, as the files say; Python's own text takes a missing extension for a circular import."""
+    folder = Path(__file__).parents[1]
+    if any(Path(folder, f"_cpu{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        why = f"does not load from {folder}: {error}"
+    elif others := sorted(path.name for path in folder.glob("_cpu.*")):
+        why = f"is missing from {folder}, where clipfast was imported from: {others[0]} there is for another Python"
+    else:
+        why = f"is missing from {folder}, where clipfast was imported from"
+    builds = {path.parent for entry in sys.path for path in Path(entry, "clipfast").glob("_cpu.*")} - {folder}
+    if builds:
+        why += f"; a build is installed in {min(builds)}: start Python outside of {folder.parent} to import that one"
+    return (
+        f"the compiled extension clipfast._cpu {why}; or reinstall with a C++17 compiler on the machine: pip install "
+        "--no-cache-dir --force-reinstall --no-deps . (-e . to import from the source tree), for pip keeps a wheel "
+        "that was built without a compiler and takes it for one that was built with it"
+    )
+
+
 try:
     from clipfast import _cpu
 
@@ -31,11 +53,7 @@ try:
     _INSTRUCTION_SETS = dict(_cpu.instruction_sets())
 except ImportError as error:
     _INSTRUCTION_SETS = {}
-    _MISSING = (
-        f"the compiled extension clipfast._cpu is missing ({error}); clipfast was imported from "
-        f"{Path(__file__).parents[1]}: reinstall it with a C++17 compiler on the machine (pip install . , or "
-        "pip install -e . to import from the source tree)"
-    )
+    _MISSING = _why_missing(error)
 
 NAME = "cpu"
 

@@ -176,9 +176,13 @@ def distillation(
         g = _exponentials(logits, row_lse[part, None], row_weight[part, None]) - by_row
         g += _exponentials(logits, col_lse, col_weight) - by_col
         sums.add(part, rows, g)
+    row_cross, col_cross = (
+        torch.where(weight == 0, 0, cross * unit / weight)
+        for cross, weight in ((row_cross, teacher_weights.row_weight), (col_cross, teacher_weights.col_weight))
+    )
     return DistillationPass(
-        row_cross * unit / teacher_weights.row_weight,
-        col_cross * unit / teacher_weights.col_weight,
+        row_cross,
+        col_cross,
         None if sums is None else sums.gradients(),
     )
 

@@ -12,10 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from clipfast.modules import ContrastiveLoss
+
+try:
+    from open_clip.loss import ClipLoss
+except ImportError as error:
+    raise ImportError(
+        f'{error}: open_clip 3.3.0 or later is needed: pip install "clipfast[open-clip]"', name=error.name
+    ) from error
 
 OPEN_CLIP_FORWARD = ClipLoss.forward
 
@@ -30,7 +36,7 @@ def patch(**options: Any) -> None:
     another loss and keeps open_clip's forward.
 
     A patched loss raises NotImplementedError when it is called with what `clipfast.ContrastiveLoss` does not take:
-    world_size > 1 or use_horovod.
+    world_size > 1 or use_horovod. An empty batch, n = 0, raises ValueError, where open_clip's formula gives NaN.
 
     Args:
         options: keyword options of `clipfast.ContrastiveLoss`, as backend or label_smoothing, for every patched loss.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast.functional import contrastive_loss, image_to_text_loss
+from clipfast.functional import contrastive_loss
 
 try:
     from sentence_transformers.sentence_transformer import losses
@@ -78,10 +78,12 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):  # type
                 "gather_across_devices: the loss over several processes is not available yet; pass False for each "
                 "process's own batch"
             )
-        loss = contrastive_loss if set(self.directions) == BOTH_DIRECTIONS else image_to_text_loss
+        direction = "both" if set(self.directions) == BOTH_DIRECTIONS else "image_to_text"
         queries, *documents = embeddings
         normalize = self.similarity_fct is cos_sim
-        return loss(queries, torch.cat(documents), self.scale, normalize=normalize, backend=self.backend)
+        return contrastive_loss(
+            queries, torch.cat(documents), self.scale, normalize=normalize, direction=direction, backend=self.backend
+        )
 
 
 def _processes() -> int:

@@ -1,0 +1,183 @@
+"""The public functions' arguments: errors name the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast.block import number_ids
+from clipfast.problem import DTYPES
+
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+NAMES = ("image_features", "text_features")
+
+
+def matched_features(
+    image_features: object, text_features: object, names: tuple[str, str] = NAMES
+) -> tuple[Tensor, Tensor]:
+    """`feature_pair`, with a text for each image at least."""
+    images, texts = feature_pair(image_features, text_features, names)
+    if len(texts) < len(images):
+        raise ValueError(
+            f"{names[1]}: got {len(texts)} rows; accepted are at least the {len(images)} rows of {names[0]}"
+        )
+    return images, texts
+
+
+def feature_pair(
+    image_features: object, text_features: object, names: tuple[str, str] = NAMES
+) -> tuple[Tensor, Tensor]:
+    """Both feature matrices, checked, resolved to plain memory and promoted to one dtype."""
+    images, texts = (features(name, value) for name, value in zip(names, (image_features, text_features), strict=True))
+    if images.shape[1] != texts.shape[1]:
+        raise ValueError(f"{names[1]}: got shape {shape(texts)}; its d must be that of {names[0]}, {shape(images)}")
+    if images.device != texts.device:
+        raise ValueError(
+            f"{names[1]}: is on {texts.device}; {names[0]} is on {images.device}, both must be on one device"
+        )
+    promoted = torch.promote_types(images.dtype, texts.dtype)
+    return images.to(promoted), texts.to(promoted)
+
+
+def features(name: str, value: object) -> Tensor:  # [rows, d]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type_name(value)}; accepted is a torch.Tensor")
+    if value.is_nested:
+        raise TypeError(f"{name}: got a nested tensor; accepted is a dense (strided) tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}; accepted is a dense (strided) tensor")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {value.dtype}; accepted are {', '.join(map(str, DTYPES))}")
+    if value.ndim != 2:
+        raise ValueError(f"{name}: got shape {shape(value)}; accepted is [rows, d]")
+    if value.shape[0] == 0 or value.shape[1] == 0:
+        raise ValueError(f"{name}: got shape {shape(value)}; at least one row and one column are needed")
+    return plain(name, value)
+
+
+def plain(name: str, value: Tensor) -> Tensor:
+    """The tensor with its lazy negations carried out and its lazy zeros in memory: kernels read memory."""
+    if torch.compiler.is_compiling():
+        return value
+    if torch._is_functional_tensor(value):
+        raise TypeError(f"{name}: got a functional tensor (torch.func.functionalize); accepted is one in plain memory")
+    return value.clone() if value._is_zerotensor() else value.resolve_neg()
+
+
+def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-D tensor of the given dtype on the given device, differentiable where value is."""
+    if isinstance(value, Tensor):
+        if value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name}: got a tensor of {value.dtype}; accepted is a real one")
+        if value.numel() != 1:
+            raise ValueError(f"{name}: got shape {shape(value)}; accepted is a single element")
+        return value.reshape(()).to(device=device, dtype=dtype)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type_name(value)}; accepted is a number or a tensor of one element")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond float64
+        number = -math.inf if str(value).startswith("-") else math.inf
+    return torch.full((), number, dtype=dtype, device=device)
+
+
+def ids(
+    image_ids: Tensor | None, text_ids: Tensor | None, images: Tensor, texts: Tensor
+) -> tuple[Tensor | None, Tensor | None]:  # [n], [m], int32
+    """Ids of both sides, numbered; text_ids are image_ids where they are left out and the rows are as many."""
+    if image_ids is None:
+        if text_ids is not None:
+            raise ValueError("image_ids: got None with text_ids; accepted are both, or image_ids alone")
+        return None, None
+    _check_ids("image_ids", image_ids, images)
+    if text_ids is None:
+        if len(images) != len(texts):
+            raise ValueError(
+                f"text_ids: got None; with {len(images)} images and {len(texts)} texts the texts' own are needed"
+            )
+        text_ids = image_ids
+    _check_ids("text_ids", text_ids, texts)
+    return number_ids(image_ids.long(), text_ids.long())
+
+
+def _check_ids(name: str, value: object, rows: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type_name(value)}; accepted is a torch.Tensor of integers")
+    if value.dtype not in ID_DTYPES:
+        raise TypeError(f"{name}: got {value.dtype}; accepted are {', '.join(map(str, ID_DTYPES))}")
+    if value.shape != rows.shape[:1]:
+        raise ValueError(f"{name}: got shape {shape(value)}; accepted is one id for each of the {len(rows)} rows")
+    if value.device != rows.device:
+        raise ValueError(f"{name}: is on {value.device}; the features are on {rows.device}, both must be on one device")
+
+
+def choice(name: str, value: object, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        *first, last = map(repr, accepted)
+        raise ValueError(f"{name}: got {value!r}; accepted are {', '.join(first)} and {last}")
+
+
+def fraction(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type_name(value)}; accepted is a number from 0 to 1")
+    number = float(value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name}: got {value}; accepted is a number from 0 to 1")
+    return number
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type_name(value)}; accepted is True or False")
+
+
+def positive_integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: got {type_name(value)}; accepted is an integer from 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}; accepted is an integer from 1")
+    return int(value)
+
+
+def backend_name(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"backend: got {type_name(value)}; accepted is a name from clipfast.backends()")
+    return value
+
+
+def process_group(value: object) -> None:
+    """Refuse what is no group, and a group of several processes."""
+    if value is None:
+        return
+    if not isinstance(value, torch.distributed.ProcessGroup):
+        raise TypeError(f"group: got {type_name(value)}; accepted is a torch.distributed.ProcessGroup or None")
+    if torch.distributed.get_world_size(value) > 1:
+        raise NotImplementedError(
+            "group: the loss over several processes is not available yet; pass None for each process's own batch"
+        )
+
+
+def options_of(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options, refused if one is no keyword option of the function; ids come with each batch."""
+    parameters = inspect.signature(function).parameters.values()
+    accepted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("image_ids", "text_ids")]
+    for name in options:
+        if name not in accepted:
+            raise TypeError(f"{name}: not an option; accepted are {', '.join(accepted)}")
+    return options
+
+
+def shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def type_name(value: object) -> str:
+    return type(value).__name__
