@@ -76,7 +76,9 @@ struct Chunks {
           rows(round_up(std::min(n, kChunkRows), kGroup)),
           cols(std::min(round_up(m, kWidth),
                         round_up(kChunkBytes / (rows * index_t{sizeof(typename Tiles::Compute)}), kWidth))),
-          panels(cols / kWidth) {
+          panels(cols / kWidth),
+          rows_held(std::min(n, rows)),
+          cols_held(std::min(m, cols)) {
         const index_t row_bytes = Tiles::operands(block.d()) * index_t{sizeof(typename Tiles::Operand)};
         block_rows = std::clamp(kBlockBytes / row_bytes / kGroup * kGroup, kGroup, kBlockRows);
     }
@@ -118,6 +120,7 @@ struct Chunks {
     int threads;
     index_t rows, cols;  // of a chunk, multiples of kGroup and kWidth
     index_t panels;      // of a chunk
+    index_t rows_held, cols_held;  // of the largest chunk, without what the multiples add
     index_t block_rows;  // of a task that forms logits
 };
 
@@ -132,8 +135,8 @@ class PackedRows {
         : block_(block), row_size_(Tiles::operands(block.d())), logits_(block) {}
 
     void place(Buffer& memory, const Chunks<Tiles>& chunks) {
-        x_ = memory.take<Operand>(chunks.rows * row_size_);
-        y_ = memory.take<Operand>(chunks.cols * row_size_);
+        x_ = memory.take<Operand>(round_up(chunks.rows_held, std::max<index_t>(Tiles::kRows, Tiles::W)) * row_size_);
+        y_ = memory.take<Operand>(round_up(chunks.cols_held, Tiles::W) * row_size_);
     }
 
     void pack_left(Team& team, index_t first, index_t rows) const {

@@ -79,12 +79,12 @@ class Kernel {
             T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
             clear(rows, dx);
             rows_.pack_left(team_, first, rows);
-            pack_rows(block_.x, first, rows, Tiles::kRowStep, chunks_.rows, x_rows_);
+            pack_rows(block_.x, first, rows, Tiles::kRowStep, row_capacity_, x_rows_);
             objective.begin_rows(team_, first, rows);
             for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
                 const index_t cols = std::min(chunks_.cols, chunks_.m - column);
                 rows_.pack_right(team_, column, cols);
-                pack_rows(block_.y, column, cols, Tiles::kColStep, chunks_.cols, y_rows_);
+                pack_rows(block_.y, column, cols, Tiles::kColStep, col_capacity_, y_rows_);
                 objective.begin_cols(team_, column, cols);
                 dscale += form_gradient(objective, first, column);
                 add_products(rows, cols, dx, dy + column * d_);
@@ -126,11 +126,16 @@ class Kernel {
     }
     void place_products(Buffer& buffer) {
         const index_t width_d = round_up(d_, W);
-        x_rows_ = buffer.take<Operand>(packed(chunks_.rows, width_d));
-        y_rows_ = buffer.take<Operand>(packed(chunks_.cols, width_d));
-        gradient_ = Gradient(buffer.take<Operand>(Gradient::operands(chunks_.rows, chunks_.cols)), chunks_.rows,
-                             chunks_.cols);
-        if constexpr (kApart) dx_apart_ = buffer.take<T>(chunks_.rows * d_), dy_apart_ = buffer.take<T>(chunks_.m * d_);
+        row_capacity_ = round_up(chunks_.rows_held, Tiles::kRowStep);
+        col_capacity_ = round_up(chunks_.cols_held, Tiles::kColStep);
+        x_rows_ = buffer.take<Operand>(packed(row_capacity_, width_d));
+        y_rows_ = buffer.take<Operand>(packed(col_capacity_, width_d));
+        const index_t rows = round_up(row_capacity_, kRows), cols = round_up(col_capacity_, kWidth);
+        gradient_ = Gradient(buffer.take<Operand>(Gradient::operands(rows, cols)), rows, cols);
+        if constexpr (kApart) {
+            dx_apart_ = buffer.take<T>(chunks_.rows_held * d_);
+            dy_apart_ = buffer.take<T>(chunks_.m * d_);
+        }
         dots_ = buffer.take<double>(dots());
     }
 
@@ -196,9 +201,9 @@ class Kernel {
     void add_to_dx(index_t first, index_t rows, index_t cols, index_t begin, index_t end, T* dx) {
         const index_t last = std::min(rows, first + kBlockRows), depth = Tiles::depth(chunks_.m);
         for_terms(cols, depth, begin, end, [&](auto vectors, index_t k, index_t terms, index_t c, index_t count) {
-            const Operand* y = y_rows_ + packed(chunks_.cols, c);
+            const Operand* y = y_rows_ + packed(col_capacity_, c);
             for (index_t i = first; i < last; i += kRows)
-                gradient_.template add_rows<vectors.value>(i, k, terms, y, chunks_.cols, dx + i * d_ + c, d_, last - i,
+                gradient_.template add_rows<vectors.value>(i, k, terms, y, col_capacity_, dx + i * d_ + c, d_, last - i,
                                                            count);
         });
     }
@@ -207,9 +212,9 @@ class Kernel {
     void add_to_dy(index_t first, index_t rows, index_t cols, index_t begin, index_t end, T* dy) {
         const index_t last = std::min(cols, first + kBlockCols), depth = Tiles::depth(chunks_.n);
         for_terms(rows, depth, begin, end, [&](auto vectors, index_t k, index_t terms, index_t c, index_t count) {
-            const Operand* x = x_rows_ + packed(chunks_.rows, c);
+            const Operand* x = x_rows_ + packed(row_capacity_, c);
             for (index_t j = first; j < last; j += kRows)
-                gradient_.template add_cols<vectors.value>(j, k, terms, x, chunks_.rows, dy + j * d_ + c, d_, last - j,
+                gradient_.template add_cols<vectors.value>(j, k, terms, x, row_capacity_, dy + j * d_ + c, d_, last - j,
                                                            count);
         });
     }
@@ -268,7 +273,8 @@ class Kernel {
     PackedRows<Tiles, Element> rows_;
     Team team_;
     T* scratch_ = nullptr;  // a group of logits for each thread
-    Operand *x_rows_ = nullptr, *y_rows_ = nullptr;
+    Operand *x_rows_ = nullptr, *y_rows_ = nullptr;  // of a chunk, as operands of G^T x and G y
+    index_t row_capacity_ = 0, col_capacity_ = 0;    // of them
     Gradient gradient_{nullptr, 0, 0};
     T *dx_apart_ = nullptr, *dy_apart_ = nullptr;
     double* dots_ = nullptr;

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,13 +126,13 @@ def forward(block: Block, matches: Matches | None = None) -> Statistics:
         thresholds = _cpu.Matches(rows.data_ptr(), cols.data_ptr())
     statistics = Statistics(row_lse, col_lse, positive, *above)
     out = _cpu.Statistics(*_addresses(statistics))
-    _cpu.forward(instruction_set(), _block(block), thresholds, out, torch.get_num_threads())
+    _run(_cpu.forward, block, thresholds, out)
     return statistics
 
 
 def matches(block: Block) -> Matches:
     best = Matches(_vector(block.n), _vector(block.m))
-    _cpu.matches(instruction_set(), _block(block), _cpu.Matches(*_addresses(best)), torch.get_num_threads())
+    _run(_cpu.matches, block, _cpu.Matches(*_addresses(best)))
     return best
 
 
@@ -139,16 +140,14 @@ def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
     weights = _contiguous(weights)
     dx, dy, out = _gradients(block, dtype)
     addresses = _cpu.Weights(*_addresses(weights))
-    dscale = _cpu.backward(instruction_set(), _block(block), addresses, out, torch.get_num_threads())
+    dscale = _run(_cpu.backward, block, addresses, out)
     return Gradients(dx, dy, _scalar(dscale, block.scale))
 
 
 def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> SigmoidPass:
     row_loss = _vector(block.n)
     dx, dy, out = _gradients(block, dtype) if gradients else (None, None, None)
-    dscale, dbias = _cpu.sigmoid(
-        instruction_set(), _block(block), unit, row_loss.data_ptr(), out, torch.get_num_threads()
-    )
+    dscale, dbias = _run(_cpu.sigmoid, block, unit, row_loss.data_ptr(), out)
     if dx is None or dy is None:
         return SigmoidPass(row_loss, None, None)
     return SigmoidPass(row_loss, Gradients(dx, dy, _scalar(dscale, block.scale)), row_loss.new_full((), dbias))
@@ -163,15 +162,14 @@ def distillation(
     weights, teacher_weights = _contiguous(weights), _contiguous(teacher_weights)
     row_cross, col_cross = _vector(block.n), _vector(block.m)
     dx, dy, out = _gradients(block, dtype) if gradients else (None, None, None)
-    dscale = _cpu.distillation(
-        instruction_set(),
-        _block(block),
+    dscale = _run(
+        _cpu.distillation,
+        block,
         _cpu.Weights(*_addresses(weights)),
         _block(teacher),
         _cpu.Weights(*_addresses(teacher_weights)),
         _cpu.Crosses(row_cross.data_ptr(), col_cross.data_ptr()),
         out,
-        torch.get_num_threads(),
     )
     if dx is None or dy is None:
         return DistillationPass(row_cross, col_cross, None)
@@ -201,7 +199,16 @@ def symmetric_cross_entropy_weights(statistics: Statistics, gradient: Tensor) ->
     return Weights(row_lse, row_weight, col_lse, col_weight, positive_weight)
 
 
+def _run(run: Callable[..., Any], block: Block, *arguments: Any) -> Any:
+    """One of the kernels' passes over the block."""
+    # They take ids side by side, and these may have been cut out of others.
+    row_ids, col_ids = (None if ids is None else ids.contiguous() for ids in (block.row_ids, block.col_ids))
+    block = replace(block, row_ids=row_ids, col_ids=col_ids)
+    return run(instruction_set(), _block(block), *arguments, torch.get_num_threads())
+
+
 def _block(block: Block) -> _cpu.Block:
+    """The block's addresses; it does not keep the tensors."""
     row_ids, col_ids = (0 if ids is None else ids.data_ptr() for ids in (block.row_ids, block.col_ids))
     return _cpu.Block(
         dtype=_name(block.x.dtype),
