@@ -26,7 +26,7 @@ def _why_missing(error: ImportError) -> str:
     if builds:
         why += f"; a build is installed in {min(builds)}: start Python outside of {folder.parent} to import that one"
     return (
-        f"the compiled extension clipfast._cpu {why}; or reinstall it with a C++17 compiler on the machine: pip install "
+        f"the compiled extension clipfast._cpu {why}; or reinstall it with a C++17 compiler there: pip install "
         "--no-cache-dir --force-reinstall --no-deps . (-e . to import from the source tree), for pip keeps a wheel "
         "that was built without a compiler and takes it for one that was built with it"
     )
