@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from clipfast.dispatch import Explanation, backends, explain
+from clipfast.dispatch import backends
+from clipfast.explanation import Explanation, explain
 from clipfast.functional import contrastive_loss, distillation_loss, siglip_loss
 from clipfast.metrics import retrieval_metrics
 from clipfast.modules import ContrastiveLoss, ProjectionHead, SigLipLoss

@@ -42,6 +42,7 @@ def differentiable(
         tensors, ctx.values = save(inputs, output)
         ctx.inputs = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for outputs that have no gradient
         ctx.save_for_backward(*tensors)
 
     def gradients(ctx: Any, function: Callable[..., tuple[Tensor, ...]], gradient: Tensor) -> tuple[Tensor | None, ...]:

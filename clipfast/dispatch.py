@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -62,65 +61,7 @@ def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, ...]]:
     return {backend.NAME: backend.unsupported_reasons(problem) for backend in BACKENDS}
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `clipfast.contrastive_loss` would do with a problem; print it to read it.
-
-    Bytes are predicted, P counts matrix products of n*m*d multiply-adds (2*n*m*d floating-point operations each).
-    """
-
-    problem: Problem
-    chosen: str
-    refused: dict[str, tuple[str, ...]]
-    saved_bytes: int
-    workspace_bytes: int
-    gradient_bytes: int
-    dense_logits_bytes: int
-    forward_products: int = 1
-    backward_products: int = 3
-
-    def __str__(self) -> str:
-        p = self.problem
-        lines = [
-            f"x [{p.n}, {p.d}], y [{p.m}, {p.d}], {p.dtype}, on {p.device}",
-            f"backend: {self.chosen}",
-            *(f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.refused.items()),
-            f"saved for backward:  {_mib(self.saved_bytes)}",
-            f"workspace at most:   {_mib(self.workspace_bytes)}",
-            f"gradients dx, dy:    {_mib(self.gradient_bytes)}",
-            f"one n*m logits copy: {_mib(self.dense_logits_bytes)} (never stored)",
-            f"products: {self.forward_products} P forward, {self.backward_products} P backward",
-        ]
-        return "\n".join(lines)
-
-
-def explain(
-    n: int,
-    d: int,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    *,
-    m: int | None = None,
-    backend: str = "auto",
-) -> Explanation:
-    """Tell what would run for image features [n, d] and text features [m, d] (m = n if not given), and what it costs.
-
-    Raises:
-        ValueError: the backend that was named is unknown or cannot run this problem.
-    """
-    problem = Problem(n=n, m=n if m is None else m, d=d, dtype=dtype, device=torch.device(device))
-    chosen = select(problem, backend)
+def refusals_before(chosen: str, problem: Problem) -> dict[str, tuple[str, ...]]:
+    """The backends that are preferred to the chosen one, each with its reasons against itself."""
     before = BACKENDS[: names().index(chosen)]
-    return Explanation(
-        problem=problem,
-        chosen=chosen,
-        refused={b.NAME: _reasons_against(b, problem, "auto") or ("not asked for",) for b in before},
-        saved_bytes=problem.saved_bytes,
-        workspace_bytes=get(chosen).workspace_bytes(problem),
-        gradient_bytes=problem.input_bytes,
-        dense_logits_bytes=problem.n * problem.m * 4,
-    )
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+    return {b.NAME: _reasons_against(b, problem, "auto") or ("not asked for",) for b in before}

@@ -11,8 +11,7 @@ from torch import Tensor
 from clipfast import dispatch
 from clipfast.block import Block, DistillationPass, Gradients, Weights
 from clipfast.norms import gradients_through_norms, operands
-from clipfast.problem import accumulation_dtype
-from clipfast.sigmoid import kept_dtype
+from clipfast.problem import accumulation_dtype, kept_dtype
 from clipfast.softmax import without_autocast
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from clipfast import distillation, sigmoid, softmax
 from clipfast.autograd import differentiable
 from clipfast.block import Statistics
-from clipfast.problem import statistics_dtype
+from clipfast.problem import kept_dtype, statistics_dtype
 
 
 def _contrastive_forward(
@@ -125,11 +125,11 @@ def _distillation_forward(
 
 
 def _no_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(0, dtype=sigmoid.kept_dtype(t.dtype)) for t in inputs)
+    return tuple(t.new_empty(0, dtype=kept_dtype(t.dtype)) for t in inputs)
 
 
 def _formed_shapes(inputs: tuple[Tensor, ...], gradients: bool) -> tuple[Tensor, ...]:
-    kept = (t.new_empty(t.shape if gradients else 0, dtype=sigmoid.kept_dtype(t.dtype)) for t in inputs)
+    kept = (t.new_empty(t.shape if gradients else 0, dtype=kept_dtype(t.dtype)) for t in inputs)
     return inputs[2].new_empty(()), *kept
 
 

@@ -20,6 +20,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gradients that wait for their upstream gradient: float16 has no range for a thing over n."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """The dtype of the O(n) statistics between the passes: float64, where the device has it.
 
@@ -45,12 +50,6 @@ class Problem:
     @property
     def input_bytes(self) -> int:
         return (self.n + self.m) * self.d * self.dtype.itemsize
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes that autograd keeps for the backward pass: x, y, scale, bias and the two logsumexps."""
-        logsumexps = (self.n + self.m) * statistics_dtype(self.device).itemsize
-        return self.input_bytes + logsumexps + 2 * accumulation_dtype(self.dtype).itemsize
 
 
 def positive_rows(n: int, m: int, diag_offset: int) -> tuple[int, int]:

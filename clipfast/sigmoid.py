@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from clipfast import dispatch
 from clipfast.block import Block, Gradients, SigmoidPass
 from clipfast.norms import gradients_through_norms, operands
-from clipfast.problem import accumulation_dtype
+from clipfast.problem import accumulation_dtype, kept_dtype
 from clipfast.softmax import without_autocast
 
 
@@ -46,8 +45,3 @@ def forward(
         if through:
             return loss, gradients_through_norms(result.gradients, x, y, kept_dtype(x.dtype)), result.dbias
         return loss, result.gradients, result.dbias
-
-
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of gradients that wait for their upstream gradient: float16 has no range for a thing over n."""
-    return torch.float32 if dtype == torch.float16 else dtype

@@ -14,7 +14,6 @@ from clipfast.problem import (
     DISTILLATION,
     HALF_DTYPES,
     IDS,
-    RANKS,
     Problem,
     accumulation_dtype,
     positive_rows,
@@ -46,14 +45,14 @@ def folds_norms(dtype: torch.dtype) -> bool:
 def workspace_bytes(problem: Problem) -> int:
     itemsize = accumulation_dtype(problem.dtype).itemsize
     rows = min(problem.n, _chunk_rows(problem.m, itemsize))
-    copies = 5 if DISTILLATION in problem.needs else 2
-    masks = 2 * (IDS in problem.needs) + 2 * (RANKS in problem.needs)  # bytes for a logit
+    copies = 4 if DISTILLATION in problem.needs else 2
+    masks = 2 * (IDS in problem.needs)  # bytes for a logit
     converted = itemsize if _operand_dtype(problem) != problem.dtype else 0
-    # The columns' totals of a half-precision gradient, and what a chunk adds to its rows.
-    gradients = (
-        (problem.m + rows) * problem.d * itemsize if problem.dtype in HALF_DTYPES else rows * problem.d * itemsize
-    )
-    operands = (problem.m + rows) * problem.d * converted
+    # The columns' totals of a half-precision gradient, and what a chunk adds to its rows, twice.
+    totals = problem.m if problem.dtype in HALF_DTYPES else 0
+    gradients = (totals + 2 * rows) * problem.d * itemsize
+    towers = 2 if DISTILLATION in problem.needs else 1
+    operands = towers * (problem.m + rows) * problem.d * converted
     return rows * problem.m * (copies * itemsize + masks) + operands + gradients + 24 * (problem.n + problem.m)
 
 
@@ -148,14 +147,14 @@ def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> S
             logits.mul_(sign)
         elif same is not None:
             logits.masked_fill_(same, -torch.inf)
-        row_loss[part] = softplus(logits, threshold=SOFTPLUS_THRESHOLD).sum(dim=1, dtype=row_loss.dtype)
+        row_loss[part] = softplus(logits, threshold=SOFTPLUS_THRESHOLD).sum(dim=1)
         if sums is None:
             continue
         g = logits.sigmoid_()
         _positives(g, rows.diag_offset)[1].neg_()
         if sign is not None:
             g.mul_(sign)
-        dbias += g.sum(dtype=row_loss.dtype)
+        dbias += g.sum()
         sums.add(part, rows, g.div_(in_unit))
         del logits, same, sign, g  # as in backward
     if sums is None:
@@ -180,11 +179,11 @@ def distillation(
     for part, rows in _chunks(block):
         logits, of_teacher = _logits(rows), _logits(teacher.rows(part))
         by_teacher = _exponentials(of_teacher, t_row_lse[part, None], t_row_weight[part, None])
-        row_cross[part] = (by_teacher * logits).sum(dim=1, dtype=statistics)
+        row_cross[part] = (by_teacher * logits).sum(dim=1)
         if sums is not None:
             g = _exponentials(logits, row_lse[part, None], row_weight[part, None]).sub_(by_teacher)
         by_teacher = of_teacher.sub_(t_col_lse).exp_().mul_(t_col_weight)
-        col_cross += (by_teacher * logits).sum(dim=0, dtype=statistics)
+        col_cross += (by_teacher * logits).sum(dim=0)
         if sums is not None:
             sums.add(part, rows, g.sub_(by_teacher).add_(logits.sub_(col_lse).exp_().mul_(col_weight)))
             del g
