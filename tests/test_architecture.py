@@ -15,8 +15,9 @@ PACKAGE = Path(clipfast.__file__).parent
 LAYERS = (
     {"problem", "reference", "tuning", "_cpu"},
     {"kernels", "kernels.tiles", "norms", "block"},
-    {"logit_sums"},
-    {"kernels.statistics", "kernels.gradient", "kernels.vectors"},
+    {"logit_sums", "kernels.operands"},
+    {"kernels.statistics", "kernels.gradient", "kernels.vectors", "kernels.ranks"},
+    {"kernels.sigmoid", "kernels.chunks"},
     {"kernels.launch"},
     {"backends", "backends.torch", "backends.cpu", "backends.triton"},
     {"dispatch", "cross_entropy"},

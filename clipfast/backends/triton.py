@@ -14,8 +14,8 @@ from importlib import metadata
 import torch
 
 from clipfast import tuning
-from clipfast.block import Block, Gradients, Matches, Statistics, Weights
-from clipfast.problem import Problem
+from clipfast.block import Block, Gradients, Matches, SigmoidPass, Statistics, Weights
+from clipfast.problem import DISTILLATION, Problem
 
 NAME = "triton"
 
@@ -32,7 +32,8 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     for name, rows in (("n", problem.n), ("m", problem.m)):
         if rows > MAX_ROWS:
             reasons.append(f"{name} = {rows} is more than the {MAX_ROWS} rows that its kernels can number")
-    reasons += [f"has no {need} yet" for need in sorted(problem.needs)]
+    if DISTILLATION in problem.needs:
+        reasons.append("has no distillation yet")
     return tuple(reasons)
 
 
@@ -65,14 +66,25 @@ def workspace_bytes(problem: Problem) -> int:
 def forward(block: Block, matches: Matches | None = None) -> Statistics:
     from clipfast.kernels import launch
 
-    return launch.forward(block)
+    return launch.forward(block, matches)
 
 
 def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
     from clipfast.kernels import launch
 
-    dx, dy, dscale = launch.backward(block, weights)
-    return Gradients(dx.to(dtype), dy.to(dtype), dscale)
+    return launch.backward(block, weights, dtype)
+
+
+def matches(block: Block) -> Matches:
+    from clipfast.kernels import launch
+
+    return launch.matches(block)
+
+
+def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> SigmoidPass:
+    from clipfast.kernels import launch
+
+    return launch.sigmoid(block, unit, gradients, dtype)
 
 
 def _missing(device: torch.device) -> tuple[str, ...]:
