@@ -54,6 +54,7 @@ OPTIONS = {
     "gradient": ("", *SAME_IDS),
     "accumulate": ("", *SAME_IDS),
     "sigmoid": ("", "loss alone", *SAME_IDS),
+    "distillation": ("", "loss alone"),
 }
 
 
@@ -169,6 +170,9 @@ def _launch(case: Case) -> str:
         kernel = "statistics"
     elif kernel == "sigmoid":
         launch.sigmoid(block, 1.0, case.option != "loss alone", case.dtype, **options)
+    elif kernel == "distillation":
+        weights = Weights(*[vector] * 5)
+        launch.distillation(block, weights, block, weights, case.option != "loss alone", case.dtype, **options)
     else:
         options["strategy"] = "chunks" if kernel == "gradient" else "registers"
         launch.backward(block, Weights(*[vector] * (7 if block.adds_positives else 5)), **options)

@@ -17,7 +17,7 @@ LAYERS = (
     {"kernels", "kernels.tiles", "norms", "block"},
     {"logit_sums", "kernels.operands"},
     {"kernels.statistics", "kernels.gradient", "kernels.vectors", "kernels.ranks"},
-    {"kernels.sigmoid", "kernels.chunks"},
+    {"kernels.sigmoid", "kernels.chunks", "kernels.distillation"},
     {"kernels.launch"},
     {"backends", "backends.torch", "backends.cpu", "backends.triton"},
     {"dispatch", "cross_entropy"},

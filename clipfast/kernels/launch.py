@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from clipfast import tuning
-from clipfast.block import Block, Gradients, Matches, SigmoidPass, Statistics, Weights
+from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidPass, Statistics, Weights
 from clipfast.kernels.chunks import Products, without_products
+from clipfast.kernels.distillation import distillation_kernel
 from clipfast.kernels.gradient import VECTORS, VECTORS_WITH_IDS, accumulate_kernel, gradient_kernel
 from clipfast.kernels.operands import VECTOR_BLOCK, Operands, blocks, nearest_offset, on, pair
 from clipfast.kernels.ranks import NO_KEY, SIGN_BIT, matches_kernel
@@ -247,6 +248,68 @@ def sigmoid(
         dx, dy = Products(block, operands, dtype, of_h).by_chunks(shape, fill)
         dbias, dscale = (sums.sum(dim=0) * unit).unbind()
         return SigmoidPass(row_loss, Gradients(dx, dy, dscale.to(block.scale.dtype)), dbias)
+
+
+def distillation(
+    block: Block,
+    weights: Weights,
+    teacher: Block,
+    teacher_weights: Weights,
+    gradients: bool,
+    dtype: torch.dtype,
+    *,
+    config: Config | None = None,
+    precision: str | None = None,
+    workspace: int = tuning.WORKSPACE_BYTES,
+) -> DistillationPass:
+    """The contract's distillation, by chunks."""
+    n, m, new = block.n, block.m, block.scale.new_empty
+    operands, of_teacher = (Operands.of(b.x, b.y, precision) for b in (block, teacher))
+    wider = max(operands, of_teacher, key=lambda both: both.x.dtype.itemsize)
+    config = config or wider.choose("distillation")
+    shape = tuning.chunk_shape(n, m, operands.x.dtype.itemsize, workspace)
+    programs = tuning.persistent_programs(*shape, config, tuning.describe(block.x.device).processors)
+    row_partial = new(blocks(shape[1], config.block_n) * shape[0])
+    col_partial = new(blocks(shape[0], config.block_m) * shape[1])
+    row_cross, col_cross, dscale = (block.x.new_zeros(k, dtype=torch.float64) for k in (n, m, programs))
+    with on(block.x.device):
+        unit = None
+        if _needs_unit(block):
+            unit = _unit(weights, (teacher_weights.row_weight, teacher_weights.col_weight))
+        sides = [_vectors(b, w, unit) for b, w in ((block, weights), (teacher, teacher_weights))]
+
+        def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
+            n, m = rows.stop - rows.start, cols.stop - cols.start
+            row_part = row_partial[: blocks(m, config.block_n) * n].view(-1, n)
+            col_part = col_partial[: blocks(n, config.block_m) * m].view(-1, m)
+            both = (
+                (p.x, p.y, b.scale, b.bias, v[0][rows], v[1][cols], p.d, *p.strides)
+                for p, b, v in zip(
+                    (operands.part(rows, cols), of_teacher.part(rows, cols)), (block, teacher), sides, strict=True
+                )
+            )
+            options = operands.options(config)
+            del options["EVEN_D"]  # there are two
+            distillation_kernel[(programs,)](
+                *both,
+                *(h, row_part, col_part, dscale, n, m, 0 if h is None else h.stride(0)),
+                **options,
+                GRADIENTS=gradients,
+                TEACHER_PRECISION=of_teacher.precision,
+            )
+            row_cross[rows] += row_part.sum(dim=0, dtype=row_cross.dtype)
+            col_cross[cols] += col_part.sum(dim=0, dtype=col_cross.dtype)
+
+        got = None
+        if gradients:
+            dx, dy = Products(block, operands, dtype, unit).by_chunks(shape, fill)
+            total = dscale.sum() if unit is None else dscale.sum() * unit
+            got = Gradients(dx, dy, total.to(block.scale.dtype))
+        else:
+            without_products(n, m, shape, fill)
+        for cross, weight in ((row_cross, teacher_weights.row_weight), (col_cross, teacher_weights.col_weight)):
+            cross.div_(weight if unit is None else weight / unit)
+        return DistillationPass(row_cross, col_cross, got)
 
 
 def _grid(block: Block, config: Config) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def keep_matches(
     tl.debug_barrier()
     in_m = col + offs_n < m
     by_col = tl.full((BLOCK_N,), NO_KEY, tl.int32)
-    for begin in range(0, BLOCK_M, STRIP):
+    for begin in tl.range(0, BLOCK_M, STRIP, num_stages=1):
         offs = begin + tl.arange(0, STRIP)
         strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
         own = is_positive(distance + begin, STRIP, BLOCK_N)

@@ -102,7 +102,7 @@ def general_tile(
     tl.store(scratch + offs_m[:, None] * BLOCK_N + offs_n[None, :], z)
     tl.debug_barrier()
     dbias, dscale = tl.zeros((), tl.float32), tl.zeros((), tl.float32)
-    for begin in range(0, BLOCK_M, STRIP):
+    for begin in tl.range(0, BLOCK_M, STRIP, num_stages=1):
         offs = begin + tl.arange(0, STRIP)
         strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
         positive = is_positive(distance + begin, STRIP, BLOCK_N)

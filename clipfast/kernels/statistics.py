@@ -106,7 +106,7 @@ def count_general_tile(
     tl.debug_barrier()
     col_match = match_of(ranks[1], col, m, scale, BLOCK_N)
     by_col = tl.zeros((BLOCK_N,), tl.int32)
-    for begin in range(0, BLOCK_M, STRIP):
+    for begin in tl.range(0, BLOCK_M, STRIP, num_stages=1):
         offs = begin + tl.arange(0, STRIP)
         strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
         among = is_negative(row + begin, col, distance + begin, n, m, STRIP, BLOCK_N)
