@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from clipfast import tuning
-from clipfast.block import Block, Weights
+from clipfast.block import IGNORE, SAME_IDS, Block, Matches, Weights
 from clipfast.tuning import Config, Device
 
 # One multiprocessor's shared memory that a program can have (CUDA C++ programming guide, table of compute capabilities;
@@ -47,6 +47,16 @@ MAX_STACK = 16  # bytes; above it, registers were spilled
 WIDTHS = (512, 101)  # d with aligned rows, and without, where pointers take the most registers
 ROWS = 512
 
+# What else a kernel's code depends on, or which other kernel runs with its configuration.
+OPTIONS = {
+    "statistics": ("",),
+    "ranks": (IGNORE, "ranks", "ranks and ids", "matches and ids"),
+    "gradient": ("", *SAME_IDS),
+    "accumulate": ("", *SAME_IDS),
+    "sigmoid": ("", "loss alone", *SAME_IDS),
+    "distillation": ("", "loss alone"),
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -57,13 +67,14 @@ class Case:
     precision: str  # of float32's product; "ieee" for halves
     factors: bool = False  # with row norms
     d: int = WIDTHS[0]
+    option: str = ""  # one of OPTIONS[config.kernel]
 
     def __str__(self) -> str:
         config = self.config
         tile = f"{config.block_m}x{config.block_n}x{config.block_d}"
         words = [config.architecture, config.kernel, str(self.dtype).removeprefix("torch."), tile]
         words += [self.precision] * (self.dtype == torch.float32) + ["tma"] * config.tma + ["norms"] * self.factors
-        words += [f"d={self.d}"] * (self.d != WIDTHS[0])
+        words += [f"d={self.d}"] * (self.d != WIDTHS[0]) + [self.option] * bool(self.option)
         return " ".join(words)
 
 
@@ -84,19 +95,23 @@ class Compiled:
 def cases(architectures: Sequence[str] = tuple(DEVICES)) -> list[Case]:
     """Every shipped configuration, in bfloat16 with and without norms or both kinds of float32, for all rows it takes.
 
-    Rows that are not aligned come with norms alone, which add to what is held.
+    Rows that are not aligned come with norms alone, which add to what is held; so do options, with those rows if taken.
     """
     found = []
     for config in tuning.CONFIGS:
         if config.architecture not in architectures:
             continue
         any_rows = not (config.tma or config.aligned)
+        plain, *options = OPTIONS[config.kernel]
         if config.itemsize == 2:
-            found += [Case(config, torch.bfloat16, "ieee", factors) for factors in (False, True)]
-            found += [Case(config, torch.bfloat16, "ieee", True, WIDTHS[1])] * any_rows
+            kinds = [(torch.bfloat16, "ieee")]
+            found += [Case(config, torch.bfloat16, "ieee", factors, option=plain) for factors in (False, True)]
+            found += [Case(config, torch.bfloat16, "ieee", True, WIDTHS[1], plain)] * any_rows
         else:
+            kinds = [(torch.float32, "ieee"), (torch.float32, "tf32")]
             widths = WIDTHS if any_rows else WIDTHS[:1]
-            found += [Case(config, torch.float32, precision, d=d) for d in widths for precision in ("ieee", "tf32")]
+            found += [Case(config, *kind, d=d, option=plain) for d in widths for kind in kinds]
+        found += [Case(config, *kind, True, WIDTHS[any_rows], option) for option in options for kind in kinds]
     return found
 
 
@@ -115,21 +130,9 @@ def fault(case: Case, stack: int, shared: int, instructions: int) -> str:
 
 
 def compile_case(case: Case) -> Compiled:
-    from clipfast.kernels import launch
-
     config, device = case.config, DEVICES[case.config.architecture]
-    x, y = (torch.zeros(ROWS, case.d, dtype=case.dtype) for _ in range(2))
-    factor = torch.ones(ROWS) if case.factors else None
-    vector = torch.zeros(ROWS, dtype=torch.float64)
-    block = Block(x, y, torch.ones(()), torch.zeros(()), 0, factor, factor)
     with _offline(device) as kernels, mock.patch.object(tuning, "describe", return_value=device):
-        if config.kernel == "statistics":
-            launch.forward(block, config=config, precision=case.precision)
-        else:
-            strategy = "chunks" if config.kernel == "gradient" else "registers"
-            options: dict[str, Any] = {"config": config, "precision": case.precision, "strategy": strategy}
-            launch.backward(block, Weights(*[vector] * 5), **options)
-    kernel = kernels[f"{config.kernel}_kernel"]
+        kernel = kernels[_launch(case)]
     resources = _amd_resources if device.architecture.startswith("gfx") else _nvidia_resources
     registers, stack, assembly = resources(kernel)
     instructions = len(re.findall(re.escape(MATRIX_INSTRUCTIONS[device.architecture]), assembly))
@@ -144,6 +147,36 @@ def compile_case(case: Case) -> Compiled:
         matrix_instructions=instructions,
         fault=fault(case, stack, shared, instructions),
     )
+
+
+def _launch(case: Case) -> str:
+    """Launch what the case is about, and return that kernel's name."""
+    from clipfast.kernels import launch
+
+    kernel = case.config.kernel
+    options: dict[str, Any] = {"config": case.config, "precision": case.precision}
+    x, y = (torch.zeros(ROWS, case.d, dtype=case.dtype) for _ in range(2))
+    vector = torch.zeros(ROWS, dtype=torch.float64)
+    factor = torch.ones(ROWS) if case.factors else None
+    block = Block(x, y, torch.ones(()), torch.zeros(()), 0, factor, factor)
+    if case.option in SAME_IDS or case.option.endswith("ids"):
+        ids = torch.zeros(ROWS, dtype=torch.int32)
+        block = replace(block, row_ids=ids, col_ids=ids, same_id=case.option if case.option in SAME_IDS else IGNORE)
+    if case.option.startswith("matches"):
+        launch.matches(block, **options)
+        kernel = "matches"
+    elif kernel in ("statistics", "ranks"):
+        launch.forward(block, Matches(vector, vector) if case.option.startswith("ranks") else None, **options)
+        kernel = "statistics"
+    elif kernel == "sigmoid":
+        launch.sigmoid(block, 1.0, case.option != "loss alone", case.dtype, **options)
+    elif kernel == "distillation":
+        weights = Weights(*[vector] * 5)
+        launch.distillation(block, weights, block, weights, case.option != "loss alone", case.dtype, **options)
+    else:
+        options["strategy"] = "chunks" if kernel == "gradient" else "registers"
+        launch.backward(block, Weights(*[vector] * (7 if block.adds_positives else 5)), **options)
+    return f"{kernel}_kernel"
 
 
 def compile_all(chosen: list[Case]) -> Iterator[Compiled]:
@@ -213,12 +246,12 @@ def main(architectures: Sequence[str]) -> None:
         raise SystemExit("TRITON_INTERPRET is set, so that nothing is compiled: unset it")
     chosen = cases(architectures)
     tqdm.write(f"triton {metadata.version('triton')}; registers and stack bytes per thread, shared bytes per program")
-    tqdm.write(f"{'case':52} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'matrix':>6}")
+    tqdm.write(f"{'case':68} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'matrix':>6}")
     faults = 0
     for row in tqdm(compile_all(chosen), total=len(chosen), disable=None):
         faults += bool(row.fault)
         tqdm.write(
-            f"{row.case:52} {row.warps:5} {row.stages:6} {row.registers:9} {row.stack:5} {row.shared:7} "
+            f"{row.case:68} {row.warps:5} {row.stages:6} {row.registers:9} {row.stack:5} {row.shared:7} "
             f"{row.matrix_instructions:6}  {row.fault}"
         )
     if faults:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-KERNELS = ("statistics", "gradient", "accumulate")
+# "ranks" is the statistics kernel with ids or ranks, and the matches that they are counted by.
+KERNELS = ("statistics", "ranks", "gradient", "accumulate", "sigmoid", "distillation")
 
 # Bytes of H at a time in the backward pass. H, its rows of x and y, and the totals that it is added to stay in an L2
 # cache of 40 MB or more.
@@ -56,7 +57,7 @@ class Config:
     @property
     def tile_scratch(self) -> int:
         """float32 numbers per program for a tile of a wide range."""
-        return self.block_m * (self.block_n + 2 * (self.kernel == "statistics"))
+        return self.block_m * (self.block_n + 2 * (self.kernel in ("statistics", "ranks")))
 
 
 @dataclass(frozen=True)
@@ -194,32 +195,63 @@ CONFIGS: tuple[Config, ...] = (
     Config("statistics", "sm_80", 2, 128, 64, 32, 8, 4),
     Config("gradient", "sm_80", 2, 128, 128, 32, 8, 4),
     Config("accumulate", "sm_80", 2, 64, 64, 64, 8, 2, block_out=128),
+    Config("ranks", "sm_80", 2, 128, 64, 32, 8, 3),
+    Config("sigmoid", "sm_80", 2, 128, 128, 32, 8, 3),
+    Config("distillation", "sm_80", 2, 128, 64, 32, 8, 2),
     Config("statistics", "sm_80", 4, 64, 64, 32, 8, 3),
     Config("gradient", "sm_80", 4, 128, 64, 32, 8, 3),
     Config("accumulate", "sm_80", 4, 64, 32, 32, 8, 1, block_out=64),
+    Config("ranks", "sm_80", 4, 128, 32, 32, 8, 3),
+    Config("sigmoid", "sm_80", 4, 128, 64, 32, 8, 3),
+    Config("distillation", "sm_80", 4, 64, 64, 32, 8, 2),
     Config("statistics", "sm_90", 2, 128, 256, 64, 8, 3, tma=True),
     Config("statistics", "sm_90", 2, 128, 128, 32, 8, 3),
     Config("gradient", "sm_90", 2, 128, 128, 64, 8, 4, tma=True),
     Config("gradient", "sm_90", 2, 128, 128, 32, 8, 3),
     Config("accumulate", "sm_90", 2, 64, 64, 64, 8, 2, block_out=128),
+    Config("ranks", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
+    Config("ranks", "sm_90", 2, 128, 64, 64, 8, 3),
+    Config("sigmoid", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
+    Config("sigmoid", "sm_90", 2, 64, 128, 64, 8, 3),
+    Config("distillation", "sm_90", 2, 64, 64, 32, 8, 2),
     Config("statistics", "sm_90", 4, 64, 64, 32, 8, 3),
     Config("gradient", "sm_90", 4, 128, 64, 32, 8, 3),
     Config("accumulate", "sm_90", 4, 64, 64, 32, 8, 1, block_out=64),
+    Config("ranks", "sm_90", 4, 64, 64, 16, 8, 3),
+    Config("sigmoid", "sm_90", 4, 64, 64, 32, 8, 3),
+    Config("distillation", "sm_90", 4, 64, 64, 32, 8, 2),
     Config("statistics", "sm_100", 2, 128, 64, 64, 8, 4, tma=True),
     Config("statistics", "sm_100", 2, 128, 64, 64, 8, 3),
     Config("gradient", "sm_100", 2, 128, 256, 64, 8, 3, tma=True),
     Config("gradient", "sm_100", 2, 128, 64, 64, 8, 3),
     Config("accumulate", "sm_100", 2, 64, 64, 64, 8, 2, block_out=256),
+    Config("ranks", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
+    Config("ranks", "sm_100", 2, 64, 64, 64, 4, 3),
+    Config("sigmoid", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
+    Config("sigmoid", "sm_100", 2, 128, 64, 64, 8, 3),
+    Config("distillation", "sm_100", 2, 64, 64, 32, 8, 2),
     Config("statistics", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("gradient", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("accumulate", "sm_100", 4, 64, 64, 32, 8, 1, block_out=64),
+    Config("ranks", "sm_100", 4, 64, 64, 16, 8, 3),
+    Config("sigmoid", "sm_100", 4, 64, 32, 32, 8, 3),
+    Config("distillation", "sm_100", 4, 64, 64, 32, 8, 2),
     Config("statistics", "gfx942", 2, 128, 128, 32, 8, 2),
     Config("gradient", "gfx942", 2, 128, 128, 32, 8, 2),
     Config("accumulate", "gfx942", 2, 64, 64, 64, 8, 1, block_out=256),
+    Config("ranks", "gfx942", 2, 128, 128, 32, 8, 2),
+    Config("sigmoid", "gfx942", 2, 128, 128, 32, 8, 2),
+    Config("distillation", "gfx942", 2, 64, 64, 32, 8, 1),
     Config("statistics", "gfx942", 4, 64, 64, 32, 8, 1),
     Config("gradient", "gfx942", 4, 64, 64, 32, 8, 1),
     Config("accumulate", "gfx942", 4, 64, 64, 32, 8, 1, block_out=64),
+    Config("ranks", "gfx942", 4, 64, 64, 32, 8, 1),
+    Config("sigmoid", "gfx942", 4, 64, 64, 32, 8, 1),
+    Config("distillation", "gfx942", 4, 64, 32, 32, 8, 1),
     Config("statistics", "interpreter", 0, 128, 128, 128, 4, 1),
+    Config("ranks", "interpreter", 0, 128, 128, 128, 4, 1),
     Config("gradient", "interpreter", 0, 128, 128, 128, 4, 1),
     Config("accumulate", "interpreter", 0, 128, 128, 128, 4, 1, block_out=256),
+    Config("sigmoid", "interpreter", 0, 128, 128, 128, 4, 1),
+    Config("distillation", "interpreter", 0, 128, 128, 128, 4, 1),
 )

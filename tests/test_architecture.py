@@ -15,8 +15,9 @@ PACKAGE = Path(clipfast.__file__).parent
 LAYERS = (
     {"problem", "reference", "tuning", "_cpu"},
     {"kernels", "kernels.tiles", "block"},
-    {"logit_sums", "norms", "arguments", "memory"},
-    {"kernels.statistics", "kernels.gradient", "kernels.vectors"},
+    {"logit_sums", "norms", "arguments", "memory", "kernels.operands"},
+    {"kernels.statistics", "kernels.gradient", "kernels.vectors", "kernels.ranks"},
+    {"kernels.sigmoid", "kernels.chunks", "kernels.distillation"},
     {"kernels.launch"},
     {"backends", "backends.torch", "backends.cpu", "backends.triton"},
     {"dispatch", "cross_entropy"},

@@ -4,137 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
-from oracle import SCALES, assert_three_way, error, evaluate, features, operand_rounding, ours
+from oracle import SCALES, assert_three_way, error, evaluate, features, ours
 from torch import Tensor
+from triton_case import ACCUMULATE, BACKWARD, DEVICE, DTYPES, GRADIENT, OFFSETS, SHAPES, SMALL, STATISTICS, Case, block
 
 import clipfast
-from clipfast import dispatch, reference, tuning
-from clipfast.block import Block, Weights
+from clipfast import reference, tuning
+from clipfast.kernels import launch
+from clipfast.kernels.tiles import MAX_SPREAD
 from clipfast.norms import l2_normalize
-from clipfast.problem import Problem
-
-pytest.importorskip("triton")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if reasons := dispatch.backends(DEVICE)["triton"]:
-    pytest.skip("; ".join(reasons), allow_module_level=True)
-
-from clipfast.kernels import launch  # noqa: E402
-from clipfast.kernels.tiles import MAX_SPREAD  # noqa: E402
-
-EPS = torch.finfo(torch.float32).eps
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((1, 1, 5), (1, 40, 7), (40, 1, 16), (33, 17, 3), (75, 90, 37), (64, 96, 32), (130, 70, 50))
-OFFSETS = (0, 5, -7, 31, 500, -500, 2**40, -(2**40))
-
-# Several tiles a program and several programs, at 6 processors in the interpreter.
-STATISTICS, GRADIENT = (tuning.Config(kernel, "test", 0, 32, 16, 16, 4, 1) for kernel in ("statistics", "gradient"))
-ACCUMULATE = tuning.Config("accumulate", "test", 0, 32, 16, 16, 4, 1, block_out=16)
-BACKWARD = {"chunks": GRADIENT, "registers": ACCUMULATE}
-
-
-@dataclass
-class Case:
-    """A block of logits with what its backward pass is given, and the contract's results in float64."""
-
-    x: Tensor  # [n, d]
-    y: Tensor  # [m, d]
-    scale: Tensor  # []
-    bias: Tensor  # []
-    diag_offset: int
-    x_factor: Tensor | None = None  # [n]
-    y_factor: Tensor | None = None  # [m]
-    magnitude: float = 1.0  # of the weights
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        n, m = len(self.x), len(self.y)
-        self.row_weight, self.col_weight, self.positive_weight = (
-            (self.magnitude * torch.randn(size, generator=generator, dtype=torch.float64)).to(DEVICE)
-            for size in (n, m, n)
-        )
-        self.wide_x = self.x.double() * self._column(self.x_factor)
-        self.wide_y = self.y.double() * self._column(self.y_factor)
-        self.logits = self.scale.double() * self.wide_x @ self.wide_y.T + self.bias.double()
-        columns = torch.arange(m, device=DEVICE)
-        self.is_positive = columns == torch.arange(n, device=DEVICE)[:, None] + self.diag_offset
-        negatives = self.logits.masked_fill(self.is_positive, -torch.inf)
-        self.row_lse, self.col_lse = negatives.logsumexp(1), negatives.logsumexp(0)
-        self.positive = (self.logits * self.is_positive).sum(1)
-
-    @staticmethod
-    def _column(factor: Tensor | None) -> Tensor | float:
-        return 1.0 if factor is None else factor.double()[:, None]
-
-    @property
-    def rounding(self) -> float:
-        """Of a logit and of an exponential, relative to the exponential."""
-        products = self.scale.abs() * self.x.double().norm(dim=1).max() * self.y.double().norm(dim=1).max()
-        if self.x_factor is not None:
-            products = self.scale.abs()
-        return EPS * (2 * products.item() + self.bias.abs().item() + max(self.logits.shape) ** 0.5 + 4)
-
-    def forward(self, **options: object) -> tuple[Tensor, ...]:
-        return launch.forward(self.block, **options)
-
-    def backward(self, **options: object) -> tuple[Tensor, ...]:
-        weights = Weights(self.row_lse, self.row_weight, self.col_lse, self.col_weight, self.positive_weight)
-        return launch.backward(self.block, weights, **options)
-
-    @property
-    def block(self) -> Block:
-        return Block(self.x, self.y, self.scale, self.bias, self.diag_offset, self.x_factor, self.y_factor)
-
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """G, and the sum of the absolute values of its terms."""
-        by_row = self.row_weight[:, None] * (self.logits - self.row_lse[:, None]).exp()
-        by_col = self.col_weight * (self.logits - self.col_lse).exp()
-        gradient = torch.where(self.is_positive, self.positive_weight[:, None], by_row + by_col)
-        size = torch.where(self.is_positive, self.positive_weight.abs()[:, None], by_row.abs() + by_col.abs())
-        return gradient, size
-
-    def check_forward(self, **options: object) -> None:
-        row_lse, col_lse, positive, *_ = self.forward(**options)
-        for got, exact in ((row_lse, self.row_lse), (col_lse, self.col_lse), (positive, self.positive)):
-            assert got.dtype == torch.float64
-            torch.testing.assert_close(got, exact, rtol=0, atol=self.rounding)
-
-    def check_backward(self, **options: object) -> None:
-        """Every element within the roundings of its own terms: of G as an operand, of a sum, and of the result."""
-        dx, dy, dscale = self.backward(**options)
-        gradient, size = self.parts()
-        unit = self.rounding + operand_rounding(self.x.dtype, self.x.device)
-        scale = self.scale.double()
-        for got, g, g_size, own, other, factor in (
-            (dx, gradient, size, self.wide_x, self.wide_y, self.x_factor),
-            (dy, gradient.T, size.T, self.wide_y, self.wide_x, self.y_factor),
-        ):
-            exact, bound = scale * (g @ other), scale.abs() * (g_size @ other.abs())
-            if factor is not None:
-                exact = (exact - (exact * own).sum(1, keepdim=True) * own) * factor[:, None]
-                bound = (bound + bound.norm(dim=1, keepdim=True) * own.abs()) * factor[:, None]
-            result = torch.finfo(got.dtype)
-            # Below its normal numbers a float32 or bfloat16 may be cut off; float16 has no range to waste.
-            least = result.tiny * (result.eps if got.dtype == torch.float16 else 1)
-            bound = unit * bound + result.eps * exact.abs() + least
-            assert got.dtype == self.x.dtype
-            assert got.shape == exact.shape
-            assert ((got.double() - exact).abs() <= bound).all(), ((got.double() - exact).abs() / bound).max()
-        products = self.wide_x @ self.wide_y.T
-        exact_dscale, dscale_bound = (gradient * products).sum(), self.rounding * (size * products.abs()).sum()
-        assert error(dscale, exact_dscale) <= dscale_bound + EPS * exact_dscale.abs()
-
-
-def block(
-    n: int, m: int, d: int, dtype: torch.dtype, scale: float = 14.3, diag_offset: int = 0, kind: str = "unnormalized"
-) -> Case:
-    y, x = features(kind, max(n, m), max(n, m), d, dtype)
-    scalars = (torch.tensor(value, device=DEVICE) for value in (scale, 0.25))
-    return Case(x[:n].to(DEVICE), y[:m].to(DEVICE), *scalars, diag_offset)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -253,9 +134,7 @@ def test_unknown_strategy_is_refused() -> None:
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The public interface with small tiles and one of the strategies."""
     architecture = tuning.describe(torch.device(DEVICE)).architecture
-    configs = tuple(
-        tuning.Config(**{**vars(config), "architecture": architecture}) for config in (STATISTICS, GRADIENT, ACCUMULATE)
-    )
+    configs = tuple(tuning.Config(**{**vars(config), "architecture": architecture}) for config in SMALL)
     monkeypatch.setattr(tuning, "CONFIGS", configs)
     monkeypatch.setattr(launch, "backward", functools.partial(launch.backward, strategy=request.param))
     tuning.choose.cache_clear()
@@ -289,32 +168,6 @@ def test_folded_norms_are_more_precise_than_a_rounded_copy() -> None:
     folded = clipfast.contrastive_loss(x, y, 100.0, normalize=True, backend="triton")
     copied = clipfast.contrastive_loss(l2_normalize(x), l2_normalize(y), 100.0, backend="triton")
     assert error(folded, exact) <= 1e-6 * exact < error(copied, exact)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "m", "d"), [(100, 140, 33), (600, 700, 8)])
-def test_workspace_is_as_predicted(n: int, m: int, d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the two passes ask for besides their results; converting operands for the interpreter is not part of it."""
-    case = block(n, m, d, dtype)
-    allocated: list[int] = []
-
-    def noting(make):  # type: ignore[no-untyped-def]
-        def made(*arguments, **options):  # type: ignore[no-untyped-def]
-            tensor = make(*arguments, **options)
-            allocated.append(tensor.untyped_storage().nbytes())
-            return tensor
-
-        return made
-
-    for name in ("new_empty", "new_zeros"):
-        monkeypatch.setattr(Tensor, name, noting(getattr(Tensor, name)))
-    peaks = []
-    for run in (case.forward, case.backward):
-        allocated.clear()
-        results = run()
-        peaks.append(sum(allocated) - sum(result.untyped_storage().nbytes() for result in results))
-    predicted = dispatch.get("triton").workspace_bytes(Problem(n, m, d, dtype, torch.device(DEVICE)))
-    assert max(peaks) <= predicted <= 1.1 * max(peaks) + 64 * (n + m)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

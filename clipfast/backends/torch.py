@@ -14,8 +14,10 @@ from clipfast.problem import (
     DISTILLATION,
     HALF_DTYPES,
     IDS,
+    SIGMOID,
     Problem,
     accumulation_dtype,
+    kept_dtype,
     positive_rows,
     round_statistics,
     statistics_dtype,
@@ -49,7 +51,8 @@ def workspace_bytes(problem: Problem) -> int:
     masks = 2 * (IDS in problem.needs)  # bytes for a logit
     converted = itemsize if _operand_dtype(problem) != problem.dtype else 0
     # The columns' totals of a half-precision gradient, and what a chunk adds to its rows, twice.
-    totals = problem.m if problem.dtype in HALF_DTYPES else 0
+    formed = {SIGMOID, DISTILLATION} & problem.needs
+    totals = problem.m if (kept_dtype(problem.dtype) if formed else problem.dtype) in HALF_DTYPES else 0
     gradients = (totals + 2 * rows) * problem.d * itemsize
     towers = 2 if DISTILLATION in problem.needs else 1
     operands = towers * (problem.m + rows) * problem.d * converted

@@ -14,8 +14,8 @@ from importlib import metadata
 import torch
 
 from clipfast import tuning
-from clipfast.block import Block, Gradients, Matches, Statistics, Weights
-from clipfast.problem import Problem
+from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidPass, Statistics, Weights
+from clipfast.problem import DISTILLATION, IDS, RANKS, SIGMOID, Problem
 
 NAME = "triton"
 
@@ -32,7 +32,6 @@ def unsupported_reasons(problem: Problem) -> tuple[str, ...]:
     for name, rows in (("n", problem.n), ("m", problem.m)):
         if rows > MAX_ROWS:
             reasons.append(f"{name} = {rows} is more than the {MAX_ROWS} rows that its kernels can number")
-    reasons += [f"has no {need} yet" for need in sorted(problem.needs)]
     return tuple(reasons)
 
 
@@ -46,33 +45,75 @@ def folds_norms(dtype: torch.dtype) -> bool:
 
 
 def workspace_bytes(problem: Problem) -> int:
-    n, m, d = problem.n, problem.m, problem.d
-    device = tuning.describe(problem.device)
-    rounded = problem.dtype == torch.float32 and tuning.float32_product(device) == "bf16"
-    itemsize = 2 if rounded else problem.dtype.itemsize
-    statistics, gradient = (tuning.choose(kernel, device, itemsize, d).config for kernel in ("statistics", "gradient"))
-    programs_m, programs_n = tuning.program_grid(n, m, statistics, device.processors)
-    scratch = programs_m * programs_n * statistics.tile_scratch
-    forward = 4 * (2 * programs_n * n + 4 * programs_m * m + n + scratch)
+    operand_bytes = _operand_bytes(problem)
+    kernels = ["ranks"] if problem.needs & {IDS, RANKS} else []
+    passes = [_statistics_bytes(problem, kernel) for kernel in ("statistics", *kernels)]
+    vectors = 4 * (6 if IDS in problem.needs else 4) * (problem.n + problem.m)
+    passes.append(vectors + _chunk_bytes(problem, "gradient"))
+    if SIGMOID in problem.needs:
+        passes.append(_chunk_bytes(problem, "sigmoid"))
+    if DISTILLATION in problem.needs:
+        passes.append(2 * vectors + _chunk_bytes(problem, "distillation"))
+    rounded = operand_bytes < problem.dtype.itemsize
+    return max(passes) + (operand_bytes * (problem.n + problem.m) * problem.d if rounded else 0)
+
+
+def _operand_bytes(problem: Problem) -> int:
+    """Of an element of what is multiplied."""
+    rounded = tuning.float32_product(tuning.describe(problem.device)) == "bf16"
+    return 2 if problem.dtype == torch.float32 and rounded else problem.dtype.itemsize
+
+
+def _statistics_bytes(problem: Problem, kernel: str) -> int:
+    n, m, device = problem.n, problem.m, tuning.describe(problem.device)
+    config = tuning.choose(kernel, device, _operand_bytes(problem), problem.d).config
+    programs_m, programs_n = tuning.program_grid(n, m, config, device.processors)
+    return 4 * (2 * programs_n * n + 4 * programs_m * m + n + programs_m * programs_n * config.tile_scratch)
+
+
+def _chunk_bytes(problem: Problem, kernel: str) -> int:
+    """H of a chunk, the totals of its products, and what the kernel keeps beside them."""
+    n, m, device, itemsize = problem.n, problem.m, tuning.describe(problem.device), _operand_bytes(problem)
+    config = tuning.choose(kernel, device, itemsize, problem.d).config
     rows, cols = tuning.chunk_shape(n, m, itemsize, tuning.WORKSPACE_BYTES)
-    programs = tuning.persistent_programs(rows, cols, gradient, device.processors)
-    totals = (rows + m) * d if problem.dtype != torch.float32 else 0
-    backward = rows * tuning.padded(cols) * itemsize + 4 * (4 * (n + m) + totals)
-    backward += programs * (8 + 4 * gradient.tile_scratch)
-    return max(forward, backward) + (2 * (n + m) * d if rounded else 0)
+    programs = tuning.persistent_programs(rows, cols, config, device.processors)
+    totals = 4 * (rows + m) * problem.d if problem.dtype != torch.float32 else 0
+    partial = (4 * -(-cols // config.block_n) + 16) * rows if kernel in ("sigmoid", "distillation") else 0
+    if kernel == "distillation":
+        partial += (4 * -(-rows // config.block_m) + 16) * cols
+    return rows * tuning.padded(cols) * itemsize + totals + programs * (16 + 4 * config.tile_scratch) + partial
 
 
 def forward(block: Block, matches: Matches | None = None) -> Statistics:
     from clipfast.kernels import launch
 
-    return launch.forward(block)
+    return launch.forward(block, matches)
 
 
 def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
     from clipfast.kernels import launch
 
-    dx, dy, dscale = launch.backward(block, weights)
-    return Gradients(dx.to(dtype), dy.to(dtype), dscale)
+    return launch.backward(block, weights, dtype)
+
+
+def matches(block: Block) -> Matches:
+    from clipfast.kernels import launch
+
+    return launch.matches(block)
+
+
+def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> SigmoidPass:
+    from clipfast.kernels import launch
+
+    return launch.sigmoid(block, unit, gradients, dtype)
+
+
+def distillation(
+    block: Block, weights: Weights, teacher: Block, teacher_weights: Weights, gradients: bool, dtype: torch.dtype
+) -> DistillationPass:
+    from clipfast.kernels import launch
+
+    return launch.distillation(block, weights, teacher, teacher_weights, gradients, dtype)
 
 
 def _missing(device: torch.device) -> tuple[str, ...]:

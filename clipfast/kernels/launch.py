@@ -5,210 +5,149 @@ Workspace is what `tuning` says: partial statistics for a fixed number of progra
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast import tuning
-from clipfast.block import Block, Gradients, Statistics, Weights
-from clipfast.kernels.gradient import accumulate_kernel, gradient_kernel
+from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidPass, Statistics, Weights
+from clipfast.kernels.chunks import Products, without_products
+from clipfast.kernels.distillation import distillation_kernel
+from clipfast.kernels.gradient import VECTORS, VECTORS_WITH_IDS, accumulate_kernel, gradient_kernel
+from clipfast.kernels.operands import VECTOR_BLOCK, Operands, blocks, nearest_offset, on, pair
+from clipfast.kernels.ranks import NO_KEY, SIGN_BIT, matches_kernel
+from clipfast.kernels.sigmoid import sigmoid_kernel
 from clipfast.kernels.statistics import merge_kernel, statistics_kernel
-from clipfast.kernels.vectors import finish_kernel, prepare_kernel, unit_kernel
+from clipfast.kernels.tiles import IGNORED, NO_IDS, POSITIVES
+from clipfast.kernels.vectors import AMPLIFIER, prepare_kernel, unit_kernel
 from clipfast.tuning import Config
 
-VECTOR_BLOCK = 256  # rows per program of the O(n) kernels
 UNIT_BLOCK = 1024
-FINISH_ELEMENTS = 2048  # per program, at d up to 1024
 
 
-def forward(block: Block, *, config: Config | None = None, precision: str | None = None) -> Statistics:
+def forward(
+    block: Block, matches: Matches | None = None, *, config: Config | None = None, precision: str | None = None
+) -> Statistics:
     """The contract's forward. `config` and `precision` override what `tuning` chooses."""
-    x, y, scale, bias, x_factor, y_factor = (
-        block.x, block.y, block.scale, block.bias, block.x_factor, block.y_factor
-    )  # fmt: skip
-    n, m = len(x), len(y)
-    diag_offset = min(max(block.diag_offset, -n), m)
-    operands = Operands.of(x, y, precision)
-    device = tuning.describe(x.device)
-    config = config or operands.choose("statistics")
-    programs_m, programs_n = tuning.program_grid(n, m, config, device.processors)
+    x, scale, n, m = block.x, block.scale, block.n, block.m
+    operands = Operands.of(x, block.y, precision)
+    config = config or operands.choose("statistics" if matches is None and not block.ignores else "ranks")
+    programs_m, programs_n = _grid(block, config)
     row_partial = x.new_empty((2, programs_n, n), dtype=torch.float32)
     col_partial = x.new_empty((2, programs_m, 2, m), dtype=torch.float32)
     scratch = x.new_empty((programs_m * programs_n, config.tile_scratch), dtype=torch.float32)
     positive_z = x.new_empty(n, dtype=torch.float32)
-    row_lse, col_lse, positive = (x.new_empty(k, dtype=torch.float64) for k in (n, m, n))
-    with _on(x.device):
+    row_lse, col_lse, positive = (x.new_empty(size, dtype=torch.float64) for size in (n, m, n))
+    row_above = col_above = ranks = None
+    if matches is not None:
+        row_above, col_above = (x.new_zeros(size, dtype=torch.int32) for size in (n, m))
+        ranks = matches.rows.contiguous(), matches.cols.contiguous(), row_above, col_above
+    with on(x.device):
         statistics_kernel[(programs_m * programs_n,)](
             *operands.tiles(config),
-            scale,
-            x_factor,
-            y_factor,
-            row_partial,
-            col_partial,
-            scratch,
-            positive_z,
-            n,
-            m,
-            x.shape[1],
-            diag_offset,
+            *(scale, block.x_factor, block.y_factor),
+            _ids(block) if block.ignores or ranks is not None else None,
+            ranks,
+            *(row_partial, col_partial, scratch, positive_z, n, m, operands.d, nearest_offset(block)),
             *operands.strides,
             programs_n,
             **operands.options(config),
             USE_TMA=config.tma,
-            HAS_FACTORS=x_factor is not None,
+            HAS_FACTORS=block.x_factor is not None,
+            IGNORES=block.ignores,
         )
-        merge_kernel[(_blocks(n, VECTOR_BLOCK) + _blocks(m, VECTOR_BLOCK),)](
-            *(row_partial, col_partial, positive_z, scale, bias, row_lse, col_lse, positive),
-            *(n, m, diag_offset, programs_m, programs_n),
+        merge_kernel[(blocks(n, VECTOR_BLOCK) + blocks(m, VECTOR_BLOCK),)](
+            *(row_partial, col_partial, positive_z, scale, block.bias, row_lse, col_lse, positive),
+            *(n, m, nearest_offset(block), programs_m, programs_n),
             BLOCK=VECTOR_BLOCK,
         )
-    return Statistics(row_lse, col_lse, positive)
+    return Statistics(row_lse, col_lse, positive, row_above, col_above)
+
+
+def matches(block: Block, *, config: Config | None = None, precision: str | None = None) -> Matches:
+    """The contract's matches: products with the scale's sign, formed in the tiles of `forward`."""
+    x = block.x
+    operands = Operands.of(x, block.y, precision)
+    config = config or operands.choose("ranks")
+    programs_m, programs_n = _grid(block, config)
+    scratch = x.new_empty((programs_m * programs_n, config.tile_scratch), dtype=torch.float32)
+    keys = [x.new_full((size,), NO_KEY.value, dtype=torch.int32) for size in (block.n, block.m)]
+    with on(x.device):
+        matches_kernel[(programs_m * programs_n,)](
+            *operands.tiles(config),
+            *(block.scale, block.x_factor, block.y_factor, _ids(block), *keys, scratch),
+            *(block.n, block.m, operands.d, nearest_offset(block)),
+            *operands.strides,
+            programs_n,
+            **operands.options(config),
+            USE_TMA=config.tma,
+        )
+    return Matches(*(torch.where(k < 0, k ^ SIGN_BIT.value, k).view(torch.float32).double() for k in keys))
 
 
 def backward(
     block: Block,
     weights: Weights,
+    dtype: torch.dtype | None = None,
     *,
     config: Config | None = None,
     precision: str | None = None,
     strategy: str = tuning.STRATEGY,
     workspace: int = tuning.WORKSPACE_BYTES,
 ) -> Gradients:
-    """The contract's backward, in the block's dtype, by one of tuning.STRATEGIES.
+    """The contract's backward, by one of tuning.STRATEGIES; dx and dy are in the block's dtype where none is given.
 
     H takes at most `workspace` bytes or its smallest chunk.
     """
     if strategy not in tuning.STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}; accepted are {', '.join(map(repr, tuning.STRATEGIES))}")
-    x, y, scale, bias, x_factor, y_factor = (
-        block.x, block.y, block.scale, block.bias, block.x_factor, block.y_factor
-    )  # fmt: skip
-    row_lse, row_weight, col_lse, col_weight, positive_weight, *_ = weights
-    n, m = len(x), len(y)
-    diag_offset = min(max(block.diag_offset, -n), m)
-    with _on(x.device):
-        unit = _unit(row_weight, col_weight, positive_weight) if x.dtype == torch.float16 else None
-        rows, cols = (scale.new_empty((length, 4)) for length in (n, m))
-        prepare_kernel[(_blocks(n, VECTOR_BLOCK) + _blocks(m, VECTOR_BLOCK),)](
-            *(v.contiguous() for v in (row_lse, col_lse, row_weight, col_weight, positive_weight)),
-            *(x_factor, y_factor, scale, bias, unit, rows, cols, n, m, diag_offset),
-            HAS_FACTORS=x_factor is not None,
-            HAS_UNIT=unit is not None,
-            BLOCK=VECTOR_BLOCK,
-        )
-        pass_ = Pass(x, y, scale, rows, cols, diag_offset, x_factor, y_factor, unit, Operands.of(x, y, precision))
-        if strategy == "chunks":
-            dx, dy, dscale = pass_.by_chunks(config, workspace)
-        else:
-            dx, dy, dscale = pass_.in_registers(config)
-        return Gradients(dx, dy, (dscale if unit is None else dscale * unit).to(scale.dtype))
-
-
-@dataclass(frozen=True)
-class Operands:
-    """x and y as the product takes them."""
-
-    x: Tensor  # [n, d]
-    y: Tensor  # [m, d]
-    precision: str
-
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor, precision: str | None) -> Operands:
-        if x.dtype == torch.float32:
-            precision = precision or tuning.float32_product(tuning.describe(x.device))
-            if precision == "bf16":
-                return cls(x.bfloat16(), y.bfloat16(), "ieee")
-        elif tuning.describe(x.device).interpreted:
-            precision = "widened"
-        return cls(x, y, precision or "ieee")
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return *self.x.stride(), *self.y.stride()
-
-    def choose(self, kernel: str) -> Config:
-        aligned_rows = all(_has_aligned_rows(t) for t in (self.x, self.y))
-        device, itemsize, d = tuning.describe(self.x.device), self.x.dtype.itemsize, self.x.shape[1]
-        return tuning.choose(kernel, device, itemsize, d, aligned_rows).config
-
-    def tiles(self, config: Config) -> tuple[Any, Any]:
-        if not config.tma:
-            return self.x, self.y
-        return tuple(
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [block, config.block_d])
-            for t, block in ((self.x, config.block_m), (self.y, config.block_n))
-        )
-
-    def options(self, config: Config) -> dict[str, Any]:
-        return {
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_D": config.block_d,
-            "EVEN_D": self.x.shape[1] % config.block_d == 0,
-            "PRECISION": self.precision,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
-
-    def swapped(self) -> Operands:
-        return Operands(self.y, self.x, self.precision)
+    with on(block.x.device):
+        unit = _unit(weights, pair(weights.row_target, weights.col_target)) if _needs_unit(block) else None
+        rows, cols = _vectors(block, weights, unit)
+        operands = Operands.of(block.x, block.y, precision)
+        pass_ = Pass(block, rows, cols, Products(block, operands, dtype or block.x.dtype, unit))
+        dx, dy, dscale = pass_.by_chunks(config, workspace) if strategy == "chunks" else pass_.in_registers(config)
+        return Gradients(dx, dy, (dscale if unit is None else dscale * unit).to(block.scale.dtype))
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One backward pass: what both strategies need."""
+    """One backward pass of the softmaxes: what both strategies need."""
 
-    x: Tensor  # [n, d]
-    y: Tensor  # [m, d]
-    scale: Tensor  # []
-    rows: Tensor  # [n, 4]
-    cols: Tensor  # [m, 4]
-    diag_offset: int
-    x_factor: Tensor | None
-    y_factor: Tensor | None
-    unit: Tensor | None  # []
-    operands: Operands
+    block: Block
+    rows: Tensor  # [n, 4 or 6]
+    cols: Tensor  # [m, 4 or 6]
+    products: Products
+
+    @property
+    def operands(self) -> Operands:
+        return self.products.operands
 
     def by_chunks(self, config: Config | None, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A chunk of H at a time in the operands' dtype, and the vendor's product into float32 totals."""
-        n, m, d = len(self.x), len(self.y), self.x.shape[1]
-        x, y = self.operands.x, self.operands.y
+        """H a chunk at a time, which the vendor's product uses."""
+        x = self.operands.x
         config = config or self.operands.choose("gradient")
-        chunk_rows, chunk_cols = tuning.chunk_shape(n, m, x.dtype.itemsize, workspace)
-        h_buffer = x.new_empty((chunk_rows, tuning.padded(chunk_cols)))
-        dx, dy = self.x.new_empty((n, d)), self.y.new_empty((m, d))
-        programs = tuning.persistent_programs(chunk_rows, chunk_cols, config, tuning.describe(x.device).processors)
+        shape = tuning.chunk_shape(self.block.n, self.block.m, x.dtype.itemsize, workspace)
+        programs = tuning.persistent_programs(*shape, config, tuning.describe(x.device).processors)
         dscale = x.new_zeros(programs, dtype=torch.float64)
         scratch = x.new_empty((programs, config.tile_scratch), dtype=torch.float32)
-        # float32 gradients are their own totals.
-        dy_total = dy if dy.dtype == torch.float32 else dy.new_empty((m, d), dtype=torch.float32)
-        dx_total = dx if dx.dtype == torch.float32 else dx.new_empty((chunk_rows, d), dtype=torch.float32)
-        for rows in _chunks(n, chunk_rows):
-            rows_total = dx_total[rows] if dx_total is dx else dx_total[: rows.stop - rows.start]
-            for cols in _chunks(m, chunk_cols):
-                h = h_buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-                self._gradient(config, rows, cols, h, dscale, scratch)
-                _add_product(rows_total, h, y[cols], first=cols.start == 0)
-                _add_product(dy_total[cols], h.T, x[rows], first=rows.start == 0)
-            self._finish_rows(rows_total, dx, rows.start)
-        self._finish_cols(dy_total, dy)
-        return dx, dy, dscale.sum()
+
+        def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
+            self._gradient(config, rows, cols, h, dscale, scratch)
+
+        return *self.products.by_chunks(shape, fill), dscale.sum()
 
     def in_registers(self, config: Config | None) -> tuple[Tensor, Tensor, Tensor]:
         """Each tower's H y by one kernel; the totals pass through memory once, H never."""
-        dx, dy = self.x.new_empty(self.x.shape), self.y.new_empty(self.y.shape)
+        dx, dy = self.products.empty()
         config = config or self.operands.choose("accumulate")
-        dscale = self.x.new_empty(_blocks(len(self.x), config.block_m), dtype=torch.float64)
-        total = self._accumulate(config, self.operands, self.rows, self.cols, self.diag_offset, dx, dscale)
-        self._finish_rows(total, dx, 0)
-        total = self._accumulate(config, self.operands.swapped(), self.cols, self.rows, -self.diag_offset, dy, None)
-        self._finish_cols(total, dy)
+        offset = nearest_offset(self.block)
+        dscale = dx.new_empty(blocks(len(dx), config.block_m), dtype=torch.float64)
+        total = self._accumulate(config, self.operands, self.rows, self.cols, offset, dx, dscale)
+        self.products.finish_rows(total, dx, 0)
+        total = self._accumulate(config, self.operands.swapped(), self.cols, self.rows, -offset, dy, None)
+        self.products.finish_cols(total, dy)
         return dx, dy, dscale.sum()
 
     def _gradient(
@@ -216,113 +155,203 @@ class Pass:
         config: Config,
         rows: slice,
         cols: slice,
-        h: Tensor,  # [rows, cols]
+        h: Tensor | None,  # [rows, cols]
         dscale: Tensor,  # [programs]
         scratch: Tensor,  # [programs, tile_scratch]
     ) -> None:
-        chunk = Operands(self.operands.x[rows], self.operands.y[cols], self.operands.precision)
+        assert h is not None
+        chunk = self.operands.part(rows, cols)
         gradient_kernel[(len(dscale),)](
             *chunk.tiles(config),
-            *(self.scale, self.rows[rows], self.cols[cols], h, dscale, scratch),
-            *(*h.shape, self.x.shape[1], self.diag_offset + rows.start - cols.start),
+            *(self.block.scale, self.rows[rows], self.cols[cols], h, dscale, scratch),
+            *(*h.shape, chunk.d, nearest_offset(self.block) + rows.start - cols.start),
             *chunk.strides,
             h.stride(0),
             **chunk.options(config),
             USE_TMA=config.tma,
-            HAS_FACTORS=self.x_factor is not None,
+            HAS_FACTORS=self.block.x_factor is not None,
+            SAME=_same(self.block),
         )
 
     def _accumulate(
         self,
         config: Config,
         operands: Operands,
-        rows: Tensor,  # [n, 4]
-        cols: Tensor,  # [m, 4]
+        rows: Tensor,  # [n, 4 or 6]
+        cols: Tensor,  # [m, 4 or 6]
         diag_offset: int,
         out: Tensor,  # [n, d], only for its dtype if that is not float32
         dscale: Tensor | None,  # [blocks of rows]
     ) -> Tensor:  # [n, d], float32
         n, d = out.shape
         total = out if out.dtype == torch.float32 else out.new_empty((n, d), dtype=torch.float32)
-        accumulate_kernel[(_blocks(n, config.block_m), _blocks(d, config.block_out))](
-            *(operands.x, operands.y, self.scale, rows, cols, total, dscale),
+        accumulate_kernel[(blocks(n, config.block_m), blocks(d, config.block_out))](
+            *(operands.x, operands.y, self.block.scale, rows, cols, total, dscale),
             *(n, len(cols), d, diag_offset),
             *operands.strides,
             **operands.options(config),
             BLOCK_OUT=config.block_out,
-            HAS_FACTORS=self.x_factor is not None,
+            HAS_FACTORS=self.block.x_factor is not None,
             HAS_DSCALE=dscale is not None,
+            SAME=_same(self.block),
         )
         return total
 
-    def _finish_rows(self, total: Tensor, dx: Tensor, row_begin: int) -> None:
-        _finish(total, self.x, dx, self.x_factor, self.scale, self.unit, row_begin)
 
-    def _finish_cols(self, total: Tensor, dy: Tensor) -> None:
-        _finish(total, self.y, dy, self.y_factor, self.scale, self.unit, 0)
+def sigmoid(
+    block: Block,
+    unit: float,
+    gradients: bool,
+    dtype: torch.dtype,
+    *,
+    config: Config | None = None,
+    precision: str | None = None,
+    workspace: int = tuning.WORKSPACE_BYTES,
+) -> SigmoidPass:
+    """The contract's sigmoid, by chunks: in registers every tower would form every logit again."""
+    x, n, m = block.x, block.n, block.m
+    operands = Operands.of(x, block.y, precision)
+    config = config or operands.choose("sigmoid")
+    shape = tuning.chunk_shape(n, m, operands.x.dtype.itemsize, workspace)
+    programs = tuning.persistent_programs(*shape, config, tuning.describe(x.device).processors)
+    sums = x.new_zeros((programs, 2), dtype=torch.float64) if gradients else None
+    scratch = x.new_empty((programs, config.tile_scratch), dtype=torch.float32)
+    loss_partial = x.new_empty(blocks(shape[1], config.block_n) * shape[0], dtype=torch.float32)
+    row_loss = x.new_zeros(n, dtype=torch.float64)
+
+    def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
+        chunk = operands.part(rows, cols)
+        loss = loss_partial[: blocks(len(chunk.y), config.block_n) * len(chunk.x)].view(-1, len(chunk.x))
+        sigmoid_kernel[(programs,)](
+            *chunk.tiles(config),
+            *(block.scale, block.bias),
+            pair(block.x_factor, block.y_factor, rows, cols),
+            pair(block.row_ids, block.col_ids, rows, cols),
+            *(h, loss, sums, scratch),
+            *(len(chunk.x), len(chunk.y), chunk.d, nearest_offset(block) + rows.start - cols.start),
+            *chunk.strides,
+            0 if h is None else h.stride(0),
+            **chunk.options(config),
+            USE_TMA=config.tma,
+            SAME=_same(block),
+            GRADIENTS=gradients,
+        )
+        row_loss[rows] += loss.sum(dim=0, dtype=row_loss.dtype)
+
+    with on(x.device):
+        if sums is None:
+            without_products(n, m, shape, fill)
+            return SigmoidPass(row_loss, None, None)
+        of_h = x.new_full(
+            (), unit / AMPLIFIER.value if operands.x.dtype == torch.float16 else unit, dtype=torch.float32
+        )
+        dx, dy = Products(block, operands, dtype, of_h).by_chunks(shape, fill)
+        dbias, dscale = (sums.sum(dim=0) * unit).unbind()
+        return SigmoidPass(row_loss, Gradients(dx, dy, dscale.to(block.scale.dtype)), dbias)
 
 
-def _finish(
-    total: Tensor,  # [rows, d]
-    x: Tensor,  # [n, d]
-    dx: Tensor,  # [n, d]
-    factor: Tensor | None,  # [n]
-    scale: Tensor,  # []
-    unit: Tensor | None,  # []
-    row_begin: int,
-) -> None:
-    count, d = total.shape
-    block_d = min(1024, 1 << (d - 1).bit_length())
-    block_m = VECTOR_BLOCK if tuning.describe(x.device).interpreted else FINISH_ELEMENTS // block_d
-    finish_kernel[(_blocks(count, block_m),)](
-        *(total, x, dx, factor, scale, unit, count, row_begin, d, *x.stride()),
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        HAS_FACTORS=factor is not None,
+def distillation(
+    block: Block,
+    weights: Weights,
+    teacher: Block,
+    teacher_weights: Weights,
+    gradients: bool,
+    dtype: torch.dtype,
+    *,
+    config: Config | None = None,
+    precision: str | None = None,
+    workspace: int = tuning.WORKSPACE_BYTES,
+) -> DistillationPass:
+    """The contract's distillation, by chunks."""
+    n, m, new = block.n, block.m, block.scale.new_empty
+    operands, of_teacher = (Operands.of(b.x, b.y, precision) for b in (block, teacher))
+    wider = max(operands, of_teacher, key=lambda both: both.x.dtype.itemsize)
+    config = config or wider.choose("distillation")
+    shape = tuning.chunk_shape(n, m, operands.x.dtype.itemsize, workspace)
+    programs = tuning.persistent_programs(*shape, config, tuning.describe(block.x.device).processors)
+    row_partial = new(blocks(shape[1], config.block_n) * shape[0])
+    col_partial = new(blocks(shape[0], config.block_m) * shape[1])
+    row_cross, col_cross, dscale = (block.x.new_zeros(k, dtype=torch.float64) for k in (n, m, programs))
+    with on(block.x.device):
+        unit = None
+        if _needs_unit(block):
+            unit = _unit(weights, (teacher_weights.row_weight, teacher_weights.col_weight))
+        sides = [_vectors(b, w, unit) for b, w in ((block, weights), (teacher, teacher_weights))]
+
+        def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
+            n, m = rows.stop - rows.start, cols.stop - cols.start
+            row_part = row_partial[: blocks(m, config.block_n) * n].view(-1, n)
+            col_part = col_partial[: blocks(n, config.block_m) * m].view(-1, m)
+            both = (
+                (p.x, p.y, b.scale, b.bias, v[0][rows], v[1][cols], p.d, *p.strides)
+                for p, b, v in zip(
+                    (operands.part(rows, cols), of_teacher.part(rows, cols)), (block, teacher), sides, strict=True
+                )
+            )
+            options = operands.options(config)
+            del options["EVEN_D"]  # there are two
+            distillation_kernel[(programs,)](
+                *both,
+                *(h, row_part, col_part, dscale, n, m, 0 if h is None else h.stride(0)),
+                **options,
+                GRADIENTS=gradients,
+                TEACHER_PRECISION=of_teacher.precision,
+            )
+            row_cross[rows] += row_part.sum(dim=0, dtype=row_cross.dtype)
+            col_cross[cols] += col_part.sum(dim=0, dtype=col_cross.dtype)
+
+        got = None
+        if gradients:
+            dx, dy = Products(block, operands, dtype, unit).by_chunks(shape, fill)
+            total = dscale.sum() if unit is None else dscale.sum() * unit
+            got = Gradients(dx, dy, total.to(block.scale.dtype))
+        else:
+            without_products(n, m, shape, fill)
+        for cross, weight in ((row_cross, teacher_weights.row_weight), (col_cross, teacher_weights.col_weight)):
+            cross.div_(weight if unit is None else weight / unit)
+        return DistillationPass(row_cross, col_cross, got)
+
+
+def _grid(block: Block, config: Config) -> tuple[int, int]:
+    return tuning.program_grid(block.n, block.m, config, tuning.describe(block.x.device).processors)
+
+
+def _ids(block: Block) -> tuple[Tensor, Tensor] | None:
+    return pair(block.row_ids, block.col_ids)
+
+
+def _same(block: Block) -> int:
+    """What the kernels do with pairs of equal ids."""
+    return int((IGNORED if block.ignores else POSITIVES if block.adds_positives else NO_IDS).value)
+
+
+def _vectors(block: Block, weights: Weights, unit: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows' and the columns' vectors for G, [n, 4] and [m, 4]; with ids [n, 6] and [m, 6]."""
+    width = (VECTORS if block.row_ids is None else VECTORS_WITH_IDS).value
+    rows, cols = (block.scale.new_empty((length, width)) for length in (block.n, block.m))
+    row_lse, row_weight, col_lse, col_weight, positive_weight, *_ = weights
+    prepare_kernel[(blocks(block.n, VECTOR_BLOCK) + blocks(block.m, VECTOR_BLOCK),)](
+        *(v.contiguous() for v in (row_lse, col_lse, row_weight, col_weight, positive_weight)),
+        *(block.x_factor, block.y_factor, _ids(block), pair(weights.row_target, weights.col_target)),
+        *(block.scale, block.bias, unit, rows, cols, block.n, block.m, nearest_offset(block)),
+        HAS_FACTORS=block.x_factor is not None,
         HAS_UNIT=unit is not None,
+        WIDTH=width,
+        BLOCK=VECTOR_BLOCK,
     )
+    return rows, cols
 
 
-def _unit(row_weight: Tensor, col_weight: Tensor, positive_weight: Tensor) -> Tensor:  # []
-    unit = row_weight.new_empty((), dtype=torch.float32)
+def _needs_unit(block: Block) -> bool:
+    return block.x.dtype == torch.float16
+
+
+def _unit(weights: Weights, others: tuple[Tensor, Tensor] | None) -> Tensor:  # ([n], [m]) -> []
+    """The unit of H for the largest of the weights and of two further vectors."""
+    unit = weights.row_weight.new_empty((), dtype=torch.float32)
     unit_kernel[(1,)](
-        *(v.contiguous() for v in (row_weight, col_weight, positive_weight)),
-        *(unit, len(row_weight), len(col_weight)),
+        *(v.contiguous() for v in (weights.row_weight, weights.col_weight, weights.positive_weight)),
+        *(others, unit, len(weights.row_weight), len(weights.col_weight)),
         BLOCK=UNIT_BLOCK,
     )
     return unit
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or total = a @ b, accumulated in float32."""
-    if not a.is_cuda:
-        # PyTorch multiplies halves into float32 on GPUs alone; this is for the interpreter.
-        a, b = a.float(), b.float()
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif first:
-        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=total)
-    else:
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
-
-
-def _has_aligned_rows(t: Tensor) -> bool:
-    """Whether t's rows are contiguous, and each aligned to 16 bytes, as a tensor descriptor needs them."""
-    return t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'.
-
-    NumPy, which the interpreter computes with, would warn of infinities that a GPU takes as they come.
-    """
-    return torch.cuda.device(device) if device.type == "cuda" else numpy.errstate(all="ignore")
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
-def _chunks(length: int, step: int) -> Iterator[slice]:
-    for begin in range(0, length, step):
-        yield slice(begin, min(begin + step, length))

@@ -1,4 +1,4 @@
-"""Forward: logsumexps of every row's and every column's negatives, and the positives."""
+"""Forward: logsumexps of every row's and every column's negatives, the positives, and how many negatives are above."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from clipfast.kernels.tiles import (
     LN_2,
     MAX_SPREAD,
     STRIP,
+    are_distinct,
     diagonal_distance,
     finite,
     is_negative,
     is_plain,
     is_positive,
     least_and_largest,
+    load_part,
     merge,
     product,
     signed_scale,
@@ -30,13 +32,20 @@ def add_wide_tile(
     col_ptrs,  # [BLOCK_N]: the columns' shifts; their sums lie col_stride behind them
     col_stride,
     in_m,
+    ids,  # ([n], [m]), with IGNORES
+    row,
+    col,
+    n,
+    m,
     abs_scale2,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    IGNORES: tl.constexpr,
 ):
     """Merge a tile into the columns' sums and return its rows' (shift, sum), each with a shift of its own.
 
-    A rare path: the tile goes through memory, so that its registers do not add to those of the common one.
+    Pairs with equal ids are masked here. A rare path: the tile goes through memory, so that its registers do not add
+    to those of the common one.
     """
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     tl.store(scratch + offs_m[:, None] * BLOCK_N + offs_n[None, :], z)
@@ -47,6 +56,9 @@ def add_wide_tile(
     for begin in range(0, BLOCK_M, STRIP):
         offs = begin + tl.arange(0, STRIP)
         strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
+        if IGNORES:
+            row_ids, col_ids = load_part(ids[0], row + begin, n, STRIP), load_part(ids[1], col, m, BLOCK_N)
+            strip = tl.where(row_ids[:, None] == col_ids[None, :], -INFINITY, strip)
         row_shift = finite(tl.max(strip, 1))
         tl.store(rows + offs, row_shift)
         tl.store(rows + BLOCK_M + offs, tl.sum(tl.exp2((strip - row_shift[:, None]) * abs_scale2), 1))
@@ -58,6 +70,63 @@ def add_wide_tile(
     tl.store(col_ptrs + col_stride, col_sum, mask=in_m)
     tl.debug_barrier()
     return tl.load(rows + offs_m), tl.load(rows + BLOCK_M + offs_m)
+
+
+@triton.jit
+def not_below(z, row_match, col_match, among):  # [BLOCK_M, BLOCK_N], [BLOCK_M], [BLOCK_N] -> [BLOCK_M], [BLOCK_N]
+    """How many products, where `among` is 1, are not below their row's and their column's match; NaN is not."""
+    return tl.sum(tl.where(z < row_match[:, None], 0, among), 1), tl.sum(tl.where(z < col_match[None, :], 0, among), 0)
+
+
+@triton.jit
+def match_of(matches, first, length, scale, BLOCK: tl.constexpr):  # [BLOCK]
+    """The matches of some rows. Where all logits are alike, or NaN, none is below."""
+    match = load_part(matches, first, length, BLOCK).to(tl.float32)
+    return tl.where(tl.abs(scale) > 0, match, -INFINITY)
+
+
+@triton.jit
+def count_general_tile(
+    z,  # [BLOCK_M, BLOCK_N], with the scale's sign
+    scratch,  # [BLOCK_M, BLOCK_N]
+    ids,  # ([n], [m]), or None
+    ranks,  # see statistics_kernel
+    scale,
+    row,
+    col,
+    distance,
+    n,
+    m,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Count in a tile that has positives, an edge or equal ids: through memory, as in add_wide_tile."""
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    tl.store(scratch + offs_m[:, None] * BLOCK_N + offs_n[None, :], z)
+    tl.debug_barrier()
+    col_match = match_of(ranks[1], col, m, scale, BLOCK_N)
+    by_col = tl.zeros((BLOCK_N,), tl.int32)
+    for begin in tl.range(0, BLOCK_M, STRIP, num_stages=1):
+        offs = begin + tl.arange(0, STRIP)
+        strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
+        among = is_negative(row + begin, col, distance + begin, n, m, STRIP, BLOCK_N)
+        if ids is not None:
+            row_ids, col_ids = load_part(ids[0], row + begin, n, STRIP), load_part(ids[1], col, m, BLOCK_N)
+            among = among & (row_ids[:, None] != col_ids[None, :])
+        row_match = match_of(ranks[0], row + begin, n, scale, STRIP)
+        by_row, more_by_col = not_below(strip, row_match, col_match, among.to(tl.int32))
+        tl.atomic_add(ranks[2] + row + offs, by_row, mask=row + offs < n)
+        by_col += more_by_col
+    tl.atomic_add(ranks[3] + col + offs_n, by_col, mask=col + offs_n < m)
+    tl.debug_barrier()
+
+
+@triton.jit
+def count_plain_tile(z, ranks, scale, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    row_match, col_match = match_of(ranks[0], row, n, scale, BLOCK_M), match_of(ranks[1], col, m, scale, BLOCK_N)
+    by_row, by_col = not_below(z, row_match, col_match, 1)
+    tl.atomic_add(ranks[2] + row + tl.arange(0, BLOCK_M), by_row)
+    tl.atomic_add(ranks[3] + col + tl.arange(0, BLOCK_N), by_col)
 
 
 @triton.jit
@@ -77,6 +146,8 @@ def statistics_kernel(
     scale_ptr,  # []
     x_factor,  # [n], with HAS_FACTORS
     y_factor,  # [m]
+    ids,  # ([n], [m]), int32: of pairs that are not negatives; or None
+    ranks,  # matches [n] and [m], float64, and how many are not below them, [n] and [m], int32, added to; or None
     row_partial,  # [2, programs_n, n]: shift, sum
     col_partial,  # [2, programs_m, 2, m]: shift, sum of narrow tiles, then of wide ones
     scratch,  # [programs, BLOCK_M * (BLOCK_N + 2)]
@@ -96,6 +167,7 @@ def statistics_kernel(
     EVEN_D: tl.constexpr,
     USE_TMA: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
+    IGNORES: tl.constexpr,  # pairs with equal ids are left out of the sums
     PRECISION: tl.constexpr,
 ):
     """Partial statistics, with a fixed number of programs, programs_m x programs_n, each walking its tiles in order.
@@ -107,7 +179,8 @@ def statistics_kernel(
     programs_m = tl.num_programs(0) // programs_n
     program_m = tl.program_id(0) // programs_n
     program_n = tl.program_id(0) % programs_n
-    abs_scale2, negated = signed_scale(tl.load(scale_ptr))
+    scale = tl.load(scale_ptr)
+    abs_scale2, negated = signed_scale(scale)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     row_stride = programs_n.to(tl.int64) * n
@@ -121,6 +194,8 @@ def statistics_kernel(
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         for block_n in range(program_n, tl.cdiv(m, BLOCK_N), programs_n):
             col = block_n * BLOCK_N
+            if ids is not None:
+                distinct = are_distinct(load_part(ids[0], row, n, BLOCK_M), load_part(ids[1], col, m, BLOCK_N))
             z = product(
                 x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
                 BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
@@ -131,10 +206,19 @@ def statistics_kernel(
                 z *= tl.load(y_factor + col + offs_n, mask=in_m, other=0.0)[None, :]
             distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
             plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
+            if ids is not None:
+                plain = plain & distinct
             if not plain:
                 store_positives(positive_z, z, row, col, distance, n, m, BLOCK_M, BLOCK_N)
             if negated:
                 z = -z
+            if ranks is not None:
+                if plain:
+                    count_plain_tile(z, ranks, scale, row, col, n, m, BLOCK_M, BLOCK_N)
+                else:
+                    count_general_tile(
+                        z, scratch, ids, ranks, scale, row, col, distance, n, m, BLOCK_M, BLOCK_N
+                    )  # fmt: skip
             if not plain:
                 z = tl.where(is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N), z, -INFINITY)
             low, high = least_and_largest(z, plain)
@@ -149,7 +233,10 @@ def statistics_kernel(
                 old_shift = tl.load(col_partial + col)
                 old_sum = tl.load(col_ptrs + col_stride, mask=in_m, other=0.0)
             # With one row or one column the positive may be all that a column or row has, and any shift too large.
+            # So may the ignored pairs be.
             several = (row + 1 < n) & (col + 1 < m)
+            if IGNORES:
+                several = several & distinct
             if several & ((high - low) * abs_scale2 < MAX_SPREAD):
                 # One exponential for both directions.
                 e = tl.exp2((z - shift) * abs_scale2)
@@ -160,8 +247,9 @@ def statistics_kernel(
                 old_sum += tl.sum(e, 0) * tl.exp2((shift - new_shift) * abs_scale2)
             else:
                 tile_row_shift, tile_row_sum = add_wide_tile(
-                    z, scratch, col_ptrs + m, col_stride, in_m, abs_scale2, BLOCK_M, BLOCK_N
-                )
+                    z, scratch, col_ptrs + m, col_stride, in_m, ids, row, col, n, m, abs_scale2,
+                    BLOCK_M, BLOCK_N, IGNORES,
+                )  # fmt: skip
                 new_shift = old_shift
             row_shift, row_sum = merge(row_shift, row_sum, tile_row_shift, tile_row_sum, abs_scale2)
             tl.store(col_ptrs, tl.zeros_like(old_sum) + new_shift, mask=in_m)

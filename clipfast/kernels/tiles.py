@@ -17,6 +17,11 @@ MAX_SPREAD = tl.constexpr(100.0)
 
 STRIP = tl.constexpr(16)  # rows at a time of a tile that goes through memory
 
+# What pairs with equal ids are, but for each row's own positive.
+NO_IDS = tl.constexpr(0)
+IGNORED = tl.constexpr(1)
+POSITIVES = tl.constexpr(2)
+
 
 @triton.jit
 def multiply_add(a, b, c, PRECISION: tl.constexpr):
@@ -91,6 +96,11 @@ def is_plain(row, col, distance, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit
+def holds_positives(distance, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return (distance > -BLOCK_M) & (distance < BLOCK_N)
+
+
+@triton.jit
 def is_positive(distance, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # [BLOCK_M, BLOCK_N]
     return tl.arange(0, BLOCK_N)[None, :] == tl.arange(0, BLOCK_M)[:, None] + distance
 
@@ -99,6 +109,19 @@ def is_positive(distance, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # [BLO
 def is_negative(row, col, distance, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # [BLOCK_M, BLOCK_N]
     inside = (row + tl.arange(0, BLOCK_M) < n)[:, None] & (col + tl.arange(0, BLOCK_N) < m)[None, :]
     return inside & (tl.arange(0, BLOCK_N)[None, :] != tl.arange(0, BLOCK_M)[:, None] + distance)
+
+
+@triton.jit
+def load_part(vector, first, length, BLOCK: tl.constexpr):  # [BLOCK]
+    """A part of a vector; 0 beyond its end."""
+    offs = first + tl.arange(0, BLOCK)
+    return tl.load(vector + offs, mask=offs < length, other=0)
+
+
+@triton.jit
+def are_distinct(row_ids, col_ids):  # [BLOCK_M], [BLOCK_N]
+    """Whether no two ids of a tile are equal. Beyond the matrix there may seem to be: such a tile is not plain."""
+    return tl.min((row_ids[:, None] ^ col_ids[None, :]).to(tl.uint32, bitcast=True)) != 0
 
 
 @triton.jit
@@ -138,3 +161,20 @@ def merge(shift, total, other_shift, other_total, abs_scale2):
     return largest, (
         total * tl.exp2((shift - largest) * abs_scale2) + other_total * tl.exp2((other_shift - largest) * abs_scale2)
     )
+
+
+@triton.jit
+def store_tile(h_ptr, h, row, col, n, m, stride_hm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm + offs_n[None, :]
+    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=(offs_m < n)[:, None] & (offs_n < m)[None, :])
+
+
+@triton.jit
+def inner_product(g, z, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """sum_ij G_ij z_ij over what lies inside: the tile's part of dscale, up to the scale's sign.
+
+    It is taken in float32 here, and not as <(H y)_i, x_i>, because H may be rounded to half precision.
+    """
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    return tl.sum(tl.where((offs_m < n)[:, None] & (offs_n < m)[None, :], g * z, 0.0))

@@ -32,6 +32,7 @@ def unit_kernel(
     row_weight,  # [n], float64
     col_weight,  # [m], float64
     positive_weight,  # [n], float64
+    targets,  # ([n], [m]), float64, or None
     unit_ptr,  # [], float32
     n,
     m,
@@ -41,6 +42,9 @@ def unit_kernel(
     1.5e-5 instead of 1e-10, and times AMPLIFIER it is far from float16's subnormal numbers. One program."""
     largest = tl.maximum(largest_weight(row_weight, n, BLOCK), largest_weight(positive_weight, n, BLOCK))
     largest = tl.maximum(largest, largest_weight(col_weight, m, BLOCK))
+    if targets is not None:
+        largest = tl.maximum(largest, largest_weight(targets[0], n, BLOCK))
+        largest = tl.maximum(largest, largest_weight(targets[1], m, BLOCK))
     tl.store(unit_ptr, tl.maximum(largest / AMPLIFIER, SMALLEST_NORMAL).to(tl.float32))
 
 
@@ -65,8 +69,9 @@ def centre_and_weight(lse, weight, scale, bias):
 
 @triton.jit
 def prepare_side(
-    lse_ptr, weight_ptr, positive_ptr, factor_ptr, out, offs, length, own, scale, bias, unit, HAS_FACTORS: tl.constexpr
-):
+    lse_ptr, weight_ptr, positive_ptr, factor_ptr, out, offs, length, own, scale, bias, unit,
+    HAS_FACTORS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     inside = offs < length
     lse = tl.load(lse_ptr + offs, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + offs, mask=inside, other=0.0)
@@ -75,11 +80,22 @@ def prepare_side(
     factor = tl.full(offs.shape, 1.0, tl.float32)
     if HAS_FACTORS:
         factor = tl.load(factor_ptr + offs, mask=inside, other=0.0)
-    out += offs * 4
+    out += offs * WIDTH
     tl.store(out, centre, mask=inside)
     tl.store(out + 1, weight, mask=inside)
     tl.store(out + 2, positive.to(tl.float32), mask=inside)
     tl.store(out + 3, factor, mask=inside)
+
+
+@triton.jit
+def prepare_ids(ids, targets, out, offs, length, unit, WHICH: tl.constexpr, WIDTH: tl.constexpr):
+    inside = offs < length
+    target = tl.full(offs.shape, 0.0, tl.float64)
+    if targets is not None:
+        target = tl.load(targets[WHICH] + offs, mask=inside, other=0.0) / unit
+    out += offs * WIDTH
+    tl.store(out + 4, target.to(tl.float32), mask=inside)
+    tl.store(out + 5, tl.load(ids[WHICH] + offs, mask=inside, other=0).to(tl.float32, bitcast=True), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "m", "diag_offset"])
@@ -91,16 +107,19 @@ def prepare_kernel(
     positive_weight,  # [n], float64
     x_factor,  # [n], float32, with HAS_FACTORS
     y_factor,  # [m], float32
+    ids,  # ([n], [m]), int32, or None
+    targets,  # ([n], [m]), float64, or None
     scale_ptr,  # []
     bias_ptr,  # []
     unit_ptr,  # [], with HAS_UNIT
-    rows,  # [n, 4]
-    cols,  # [m, 4]
+    rows,  # [n, WIDTH]
+    cols,  # [m, WIDTH]
     n,
     m,
     diag_offset,
     HAS_FACTORS: tl.constexpr,
     HAS_UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,  # 4; 6 with ids
     BLOCK: tl.constexpr,
 ):
     """Both sides' vectors for G (see gradient.py). The first programs take rows, the others columns."""
@@ -115,12 +134,20 @@ def prepare_kernel(
         offs = block * BLOCK + tl.arange(0, BLOCK)
         own = (offs < n) & (offs + diag_offset >= 0) & (offs + diag_offset < m)
         positive_ptr = positive_weight + offs
-        prepare_side(row_lse, row_weight, positive_ptr, x_factor, rows, offs, n, own, scale, bias, unit, HAS_FACTORS)
+        prepare_side(
+            row_lse, row_weight, positive_ptr, x_factor, rows, offs, n, own, scale, bias, unit, HAS_FACTORS, WIDTH
+        )
+        if ids is not None:
+            prepare_ids(ids, targets, rows, offs, n, unit, 0, WIDTH)
     else:
         offs = (block - row_blocks) * BLOCK + tl.arange(0, BLOCK)
         own = (offs < m) & (offs - diag_offset >= 0) & (offs - diag_offset < n)
         positive_ptr = positive_weight + offs - diag_offset
-        prepare_side(col_lse, col_weight, positive_ptr, y_factor, cols, offs, m, own, scale, bias, unit, HAS_FACTORS)
+        prepare_side(
+            col_lse, col_weight, positive_ptr, y_factor, cols, offs, m, own, scale, bias, unit, HAS_FACTORS, WIDTH
+        )
+        if ids is not None:
+            prepare_ids(ids, targets, cols, offs, m, unit, 1, WIDTH)
 
 
 @triton.jit(do_not_specialize=["count", "row_begin"])

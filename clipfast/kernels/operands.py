@@ -1,0 +1,107 @@
+"""The host side's smallest pieces: how the kernels take features, and on which device they are launched."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from clipfast import tuning
+from clipfast.block import Block
+from clipfast.tuning import Config
+
+VECTOR_BLOCK = 256  # rows per program of the O(n) kernels
+
+
+@dataclass(frozen=True)
+class Operands:
+    """x and y as the product takes them."""
+
+    x: Tensor  # [n, d]
+    y: Tensor  # [m, d]
+    precision: str
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, precision: str | None) -> Operands:
+        if x.dtype == torch.float32:
+            precision = precision or tuning.float32_product(tuning.describe(x.device))
+            if precision == "bf16":
+                return cls(x.bfloat16(), y.bfloat16(), "ieee")
+        elif tuning.describe(x.device).interpreted:
+            precision = "widened"
+        return cls(x, y, precision or "ieee")
+
+    @property
+    def d(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return *self.x.stride(), *self.y.stride()
+
+    def choose(self, kernel: str) -> Config:
+        aligned_rows = all(_has_aligned_rows(t) for t in (self.x, self.y))
+        device, itemsize = tuning.describe(self.x.device), self.x.dtype.itemsize
+        return tuning.choose(kernel, device, itemsize, self.d, aligned_rows).config
+
+    def tiles(self, config: Config) -> tuple[Any, Any]:
+        if not config.tma:
+            return self.x, self.y
+        return tuple(
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [block, config.block_d])
+            for t, block in ((self.x, config.block_m), (self.y, config.block_n))
+        )
+
+    def options(self, config: Config) -> dict[str, Any]:
+        return {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+            "EVEN_D": self.d % config.block_d == 0,
+            "PRECISION": self.precision,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+
+    def swapped(self) -> Operands:
+        return Operands(self.y, self.x, self.precision)
+
+    def part(self, rows: slice, cols: slice) -> Operands:
+        return Operands(self.x[rows], self.y[cols], self.precision)
+
+
+def nearest_offset(block: Block) -> int:
+    """The diagonal's offset as 32 bits hold it: beyond the block all are alike."""
+    return min(max(block.diag_offset, -block.n), block.m)
+
+
+def pair(
+    first: Tensor | None,  # [n]
+    second: Tensor | None,  # [m]
+    rows: slice = slice(None),
+    cols: slice = slice(None),
+) -> tuple[Tensor, Tensor] | None:
+    """Two vectors, or parts of them, as a kernel takes them; None if there are none."""
+    return None if first is None or second is None else (first[rows].contiguous(), second[cols].contiguous())
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'.
+
+    NumPy, which the interpreter computes with, would warn of infinities that a GPU takes as they come.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else numpy.errstate(all="ignore")
+
+
+def blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _has_aligned_rows(t: Tensor) -> bool:
+    """Whether t's rows are contiguous, and each aligned to 16 bytes, as a tensor descriptor needs them."""
+    return t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0
