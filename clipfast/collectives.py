@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,3 +156,34 @@ def _exchange(ranks: Ranks, record: bytes, device: torch.device) -> list[_Record
 def _named(ranks: list[int]) -> str:
     few = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"rank {few}" if len(ranks) == 1 else f"ranks {few}"
+
+
+def world_of(rank: int, world_size: int) -> dist.ProcessGroup:
+    """All of the job's processes, which must be `world_size` and this one the `rank`-th."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"world_size: got {world_size}; accepted is 1 until torch.distributed.init_process_group has been called"
+        )
+    if world_size != dist.get_world_size():
+        raise ValueError(
+            f"world_size: got {world_size}; accepted is that of torch.distributed, {dist.get_world_size()}"
+        )
+    if rank != dist.get_rank():
+        raise ValueError(f"rank: got {rank}; accepted is that of torch.distributed, {dist.get_rank()}")
+    return dist.distributed_c10d._get_default_group()
+
+
+def warn_of_a_local_loss() -> None:
+    """Once in a job of several processes whose loss sees this process's rows alone: it is rarely what was meant."""
+    if not (dist.is_available() and dist.is_initialized()) or torch.compiler.is_compiling():
+        return
+    if (count := dist.get_world_size()) > 1 and not _warned:
+        _warned.append(True)
+        warnings.warn(
+            f"clipfast: this loss is that of this process's own rows, in a job of {count} processes. For the loss over "
+            "all of them write group=torch.distributed.group.WORLD",
+            stacklevel=4,
+        )
+
+
+_warned: list[bool] = []

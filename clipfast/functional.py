@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipfast import autograd, dispatch
+from clipfast import autograd, collectives, dispatch
+from clipfast.collectives import warn_of_a_local_loss
 from clipfast.problem import DTYPES, Problem, accumulation_dtype
+from clipfast.schemes import SCHEMES
+from clipfast.softmax import Options
 
 GRAD_REDUCTIONS = ("mean", "sum")
 
@@ -26,6 +29,8 @@ def contrastive_loss(
     text_ids: Tensor | None = None,
     group: Any = None,
     grad_reduction: str = "mean",
+    scheme: str = "auto",
+    equal_shards: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # 0-D
@@ -49,8 +54,13 @@ def contrastive_loss(
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         image_ids: not available yet.
         text_ids: not available yet.
-        group: a process group to compute the global loss over; of more than one process: not available yet.
+        group: a process group, over all of whose ranks' rows the loss is taken; None for this process's own. Ranks may
+            have different numbers of rows, some of them none. Each gets the loss of the whole.
         grad_reduction: "mean" or "sum", how the data-parallel wrapper reduces gradients; no effect in one process.
+        scheme: "gather" (every rank holds all texts), "ring" (texts go round; memory does not grow with the number of
+            ranks) or "auto", which gathers where all texts and their gradients take no more than 4 GiB.
+        equal_shards: a promise that all ranks call with the same shapes, dtypes, options and wanted gradients. They do
+            not compare them then, and do not wait for the device.
         deterministic: every backend repeats bitwise, so None, True and False give the same result.
         backend: "auto" or a name from `clipfast.backends()`; a name never falls back to another backend.
 
@@ -65,8 +75,10 @@ def contrastive_loss(
     if grad_reduction not in GRAD_REDUCTIONS:
         raise ValueError(f"grad_reduction: got {grad_reduction!r}; accepted are 'mean' and 'sum'")
     _refuse_ids(image_ids, text_ids)
-    _refuse_group(group)
-    return _loss(image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, True)
+    ranks = _Ranks(_group(group), grad_reduction, scheme, equal_shards)
+    return _loss(
+        image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, True, ranks
+    )
 
 
 def image_to_text_loss(
@@ -96,8 +108,47 @@ def _loss(
     label_smoothing: float,
     backend: str,
     symmetric: bool,
+    ranks: _Ranks | None = None,
 ) -> Tensor:  # 0-D
-    x, y = matched_features(image_features, text_features)
+    """The loss; an error in the arguments is told to the other ranks, which wait for this one."""
+    if ranks is None or ranks.group is None:
+        warn_of_a_local_loss()
+        call = _checked(
+            image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, symmetric
+        )
+        return autograd.loss(*call[:6], *call[6])[0]
+    from clipfast import distributed  # imports torch's compiler, which takes a second
+
+    device = image_features.device if isinstance(image_features, Tensor) else torch.device("cpu")
+    with collectives.refusing(ranks.group, device, ranks.equal_shards):
+        if ranks.scheme not in SCHEMES:
+            raise ValueError(f"scheme: got {ranks.scheme!r}; accepted are 'auto', 'gather' and 'ring'")
+        call = _checked(
+            image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, symmetric, 0
+        )
+    loss: Tensor = distributed.contrastive_loss(*call, **ranks._asdict())[0]
+    return loss
+
+
+class _Ranks(NamedTuple):
+    group: torch.distributed.ProcessGroup | None
+    grad_reduction: str
+    scheme: str
+    equal_shards: bool
+
+
+def _checked(
+    image_features: Tensor,  # [n, d]
+    text_features: Tensor,  # [m, d]
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    normalize: bool,
+    label_smoothing: float,
+    backend: str,
+    symmetric: bool,
+    fewest_rows: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None, Options]:
+    x, y = matched_features(image_features, text_features, fewest_rows)
     accumulator = accumulation_dtype(x.dtype)
     scale = _scalar("logit_scale", logit_scale, accumulator, x.device)
     bias = _scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, accumulator, x.device)
@@ -105,13 +156,13 @@ def _loss(
     _flag("normalize", normalize)
     if not isinstance(backend, str):
         raise TypeError(f"backend: got {_name(backend)}; accepted is a name from clipfast.backends()")
-    backend = dispatch.select(Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device), backend)
+    problem = Problem(max(x.shape[0], 1), max(y.shape[0], 1), x.shape[1], x.dtype, x.device)
     direction = "both" if symmetric else "image_to_text"
-    options = normalize, label_smoothing, direction, "mean", "ignore", False, backend
-    return autograd.loss(x, y, scale, bias, None, None, *options)[0]
+    options = normalize, label_smoothing, direction, "mean", "ignore", False, dispatch.select(problem, backend)
+    return x, y, scale, bias, None, None, Options(*options)
 
 
-def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+def matched_features(image_features: Tensor, text_features: Tensor, fewest_rows: int = 1) -> tuple[Tensor, Tensor]:
     """Both feature matrices, checked and promoted to one dtype."""
     named = {"image_features": image_features, "text_features": text_features}
     for name, features in named.items():
@@ -123,7 +174,7 @@ def matched_features(image_features: Tensor, text_features: Tensor) -> tuple[Ten
             raise TypeError(f"{name}: got {features.dtype}; accepted are {', '.join(map(str, DTYPES))}")
         if features.ndim != 2:
             raise ValueError(f"{name}: got shape {_shape(features)}; accepted is [rows, d]")
-        if features.shape[0] == 0 or features.shape[1] == 0:
+        if features.shape[0] < fewest_rows or features.shape[1] == 0:
             raise ValueError(f"{name}: got shape {_shape(features)}; at least one row and one column are needed")
     n, m = image_features.shape[0], text_features.shape[0]
     if image_features.shape[1] != text_features.shape[1]:
@@ -175,15 +226,15 @@ def _refuse_ids(image_ids: Tensor | None, text_ids: Tensor | None) -> None:
             raise NotImplementedError(f"{name}: masking pairs by group ids is not available yet; pass None")
 
 
-def _refuse_group(group: Any) -> None:
+def _group(group: Any) -> Any:
+    """The group, None if it has no other rank."""
     if group is None:
-        return
+        return None
+    if group == torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: this process is not in it; accepted is a group that it is in, or None")
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"group: got {_name(group)}; accepted is a torch.distributed.ProcessGroup or None")
-    if torch.distributed.get_world_size(group) > 1:
-        raise NotImplementedError(
-            "group: the loss over several processes is not available yet; pass None for each process's own batch"
-        )
+    return group if torch.distributed.get_world_size(group) > 1 else None
 
 
 def _shape(tensor: Tensor) -> list[int]:

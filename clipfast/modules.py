@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipfast.collectives import world_of
 from clipfast.functional import contrastive_loss
 from clipfast.norms import l2_normalize
 
@@ -16,17 +17,19 @@ class ContrastiveLoss(nn.Module):
     """`clipfast.contrastive_loss` with the constructor and the forward of open_clip.ClipLoss (3.3.0).
 
     Args:
-        local_loss: accepted; several processes need `world_size` > 1, which is not available yet.
-        gather_with_grad: accepted, as local_loss.
+        local_loss: accepted, as gather_with_grad: the loss and its gradients are right, and cost least, with any flags.
+        gather_with_grad: accepted.
         cache_labels: accepted; there are no labels to cache.
         rank: this process's number in range(world_size).
-        world_size: the number of processes; more than 1 is not available yet.
+        world_size: the number of processes; with more than 1 the loss is that of all of torch.distributed's. With 1
+            inside a larger job it is that of this process's own rows, as in open_clip.
         use_horovod: must be False.
-        normalize, label_smoothing, group, grad_reduction, deterministic, backend: see `clipfast.contrastive_loss`.
+        normalize, label_smoothing, group, grad_reduction, scheme, equal_shards, deterministic, backend: see
+            `clipfast.contrastive_loss`.
 
     Raises:
-        ValueError: rank lies outside range(world_size).
-        NotImplementedError: world_size > 1 or use_horovod.
+        ValueError: rank lies outside range(world_size); use_horovod; in the call, rank and world_size are not those of
+            torch.distributed.
     """
 
     def __init__(
@@ -42,18 +45,18 @@ class ContrastiveLoss(nn.Module):
         label_smoothing: float = 0.0,
         group: Any = None,
         grad_reduction: str = "mean",
+        scheme: str = "auto",
+        equal_shards: bool = False,
         deterministic: bool | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank}; accepted is a number below world_size, {world_size}")
-        if world_size > 1:
-            raise NotImplementedError(
-                f"world_size: got {world_size}; the loss over several processes is not available yet"
-            )
         if use_horovod:
-            raise NotImplementedError("use_horovod: Horovod is not supported; use torch.distributed")
+            raise ValueError("use_horovod: got True; accepted is False, with torch.distributed in place of Horovod")
+        if world_size > 1 and group is not None:
+            raise ValueError(f"world_size: got {world_size} together with a group; accepted is one of both")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -64,6 +67,8 @@ class ContrastiveLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.group = group
         self.grad_reduction = grad_reduction
+        self.scheme = scheme
+        self.equal_shards = equal_shards
         self.deterministic = deterministic
         self.backend = backend
 
@@ -83,8 +88,10 @@ class ContrastiveLoss(nn.Module):
             logit_bias,
             normalize=self.normalize,
             label_smoothing=self.label_smoothing,
-            group=self.group,
+            group=world_of(self.rank, self.world_size) if self.world_size > 1 else self.group,
             grad_reduction=self.grad_reduction,
+            scheme=self.scheme,
+            equal_shards=self.equal_shards,
             deterministic=self.deterministic,
             backend=self.backend,
         )

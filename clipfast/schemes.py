@@ -95,8 +95,8 @@ class Ring:
             if part is not None:
                 behind = [merge(torch.stack((*caught_up, part))) if caught_up else part.contiguous()]
             texts = coming
-        if not behind:
-            return None
+        if not behind or count == 1:
+            return behind[0] if behind else None
         home = self._like(behind[0], rank)
         self.ranks.pass_on(behind, [home])()
         return home
