@@ -55,9 +55,8 @@ class Ranks:
         """Send rank q its sizes[q] rows of `parts`; get this rank's rows from every rank, in rank order."""
         own = sizes[self.rank]
         received = parts.new_empty((self.count, own, *parts.shape[1:]))
-        arriving = _bytes(received).reshape(self.count * own, -1)
-        leaving = _bytes(parts.contiguous()).reshape(len(parts), -1)
-        dist.all_to_all_single(arriving, leaving, [own] * self.count, list(sizes), group=self.group)
+        arriving = _bytes(received).flatten(0, 1)
+        dist.all_to_all_single(arriving, _bytes(parts.contiguous()), [own] * self.count, list(sizes), group=self.group)
         return received
 
     def pass_on(self, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Callable[[], None]:

@@ -94,8 +94,8 @@ class Batch:
         losses = []
         for side in (logits, allowed, positive), tuple(t.T[self.match] for t in (logits, allowed, positive)):
             scores, allowed, positive = side
-            target = (1 - smoothing) * positive / positive.sum(1, keepdim=True)
-            target = target + smoothing * allowed / allowed.sum(1, keepdim=True)
+            target = (1 - smoothing) * positive.to(x.dtype) / positive.sum(1, keepdim=True)
+            target = target + smoothing * allowed.to(x.dtype) / allowed.sum(1, keepdim=True)
             chances = log_softmax(scores.masked_fill(~allowed, -torch.inf), dim=1).masked_fill(~allowed, 0)
             losses.append(-(target * chances).sum(1))
         return torch.stack(losses)
