@@ -30,7 +30,7 @@ WANTS_TEXTS, WANTS_ANY = 1, 2
 class Ranks:
     """The processes of a group, numbered as in it."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None  # None only to predict
     rank: int
     count: int
 

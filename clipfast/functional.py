@@ -75,6 +75,8 @@ def contrastive_loss(
     if grad_reduction not in GRAD_REDUCTIONS:
         raise ValueError(f"grad_reduction: got {grad_reduction!r}; accepted are 'mean' and 'sum'")
     _refuse_ids(image_ids, text_ids)
+    if group is None:
+        warn_of_a_local_loss()
     ranks = _Ranks(_group(group), grad_reduction, scheme, equal_shards)
     return _loss(
         image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, True, ranks
@@ -112,7 +114,6 @@ def _loss(
 ) -> Tensor:  # 0-D
     """The loss; an error in the arguments is told to the other ranks, which wait for this one."""
     if ranks is None or ranks.group is None:
-        warn_of_a_local_loss()
         call = _checked(
             image_features, text_features, logit_scale, logit_bias, normalize, label_smoothing, backend, symmetric
         )

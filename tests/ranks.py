@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import datetime
+import math
 import multiprocessing
+import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from towers import Towers
 
+import clipfast
+from clipfast.backends import torch as torch_backend
 from clipfast.problem import accumulation_dtype
 from clipfast.softmax import Options
 
@@ -29,7 +42,8 @@ DEFAULTS = {
     "metrics": False,
     "backend": "torch",
 }
-TIMEOUT = 20  # seconds that a rank waits for another
+FAIL_TIMEOUT = 4
+TIMEOUT = 60  # seconds that a rank waits for another
 GROUPS: dict[tuple[int, ...], Any] = {}  # of a rank's process, by their ranks
 
 
@@ -62,6 +76,12 @@ class Ranks:
             pipe.send_bytes(call)
         results = [_receive(pipe) for pipe in self.pipes]
         return [results[rank] for rank in members]
+
+    def kill(self) -> None:
+        """End processes that do not answer any more."""
+        for process in self.processes:
+            process.kill()
+        self.close()
 
     def close(self) -> None:
         for pipe in self.pipes:
@@ -148,3 +168,163 @@ def contrastive(
     assert all(torch.equal(g.nan_to_num(), a.nan_to_num()) for g, a in zip(gradients, again, strict=True))
     result = dict(zip(("dx", "dy", "dscale", "dbias"), gradients, strict=True)) | {"loss": loss.detach()}
     return result if row_above is None else result | {"row_above": row_above, "col_above": col_above}
+
+
+class Counter:
+    """Bytes that this rank sends, and multiply-adds of the torch backend's products, while it is entered."""
+
+    def __init__(self) -> None:
+        self.sent = self.products = 0
+        self.patches = ExitStack()
+
+    def __enter__(self) -> Counter:
+        gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        for owner, name, count in (
+            (dist, gather, lambda received, own, group: self._send(len(received) - len(own))),
+            (dist, "all_to_all_single", self._exchange),
+            (dist, "batch_isend_irecv", self._pass_on),
+            (torch_backend, "forward", lambda block, *_: self._multiply(block, 1)),
+            (torch_backend, "backward", lambda block, *_: self._multiply(block, 3)),
+        ):
+            self.patches.enter_context(mock.patch.object(owner, name, self._counted(getattr(owner, name), count)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patches.close()
+
+    def _counted(self, function: Callable[..., Any], count: Callable[..., None]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            count(*arguments, **keywords)
+            return function(*arguments, **keywords)
+
+        return counted
+
+    def _send(self, count: int) -> None:
+        self.sent += count
+
+    def _exchange(self, arriving: Any, leaving: Any, arrive: list[int], leave: list[int], group: Any) -> None:
+        kept = leave[dist.get_rank(group)]
+        self._send((len(leaving) - kept) * leaving[:1].numel())
+
+    def _pass_on(self, operations: list[Any]) -> None:
+        self._send(sum(o.tensor.numel() * o.tensor.itemsize for o in operations if o.op is dist.isend))
+
+    def _multiply(self, block: Any, products: int) -> None:
+        self.products += products * block.n * block.m * block.d
+
+
+def cost(
+    rank: int, group: Any, shards: Sequence[dict[str, Any]], options: dict[str, Any], scheme: str, equal_shards: bool
+) -> tuple[int, int, int, int]:
+    """Bytes sent forward and backward, multiply-adds, and bytes saved between the passes, x and y among them."""
+    from clipfast import distributed
+
+    shard, saved = shards[rank], dict[int, int]()
+    x, y = (shard[name].detach().requires_grad_() for name in ("x", "y"))
+    scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.0))
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with Counter() as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, *_ = distributed.contrastive_loss(
+                *(x, y, scale, bias, shard.get("image_ids"), shard.get("text_ids"), Options(**DEFAULTS | options)),
+                group=group,
+                grad_reduction="mean",
+                scheme=scheme,
+                equal_shards=equal_shards,
+            )
+        forward = counter.sent
+        loss.sum().backward()
+    return forward, counter.sent - forward, counter.products, sum(saved.values())
+
+
+def step(
+    rank: int,
+    group: Any,
+    images: list[torch.Tensor],
+    texts: list[torch.Tensor],
+    wrapper: str,
+    loss_options: dict[str, Any],
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Three optimizer steps of a small CLIP under DDP or FSDP2: the losses, and the parameters after them."""
+    model = Towers().double()
+    wrapped: Any = model
+    if wrapper == "ddp":
+        wrapped = DistributedDataParallel(model, process_group=group)
+    elif wrapper == "fsdp2":
+        for name in ("logit_scale", "logit_bias"):  # FSDP2 shards no 0-D parameter
+            setattr(model, name, nn.Parameter(getattr(model, name).detach().reshape(1)))
+        mesh = DeviceMesh.from_group(group, "cpu")
+        fully_shard(model.image, mesh=mesh)
+        fully_shard(model.text, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.5, momentum=0.9)
+    loss_options = loss_options if loss_options.get("world_size") else loss_options | {"group": group}
+    if "world_size" in loss_options:
+        loss_options = loss_options | {"rank": rank}
+    loss, losses = clipfast.ContrastiveLoss(backend="torch", **loss_options), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        value = loss(**wrapped(images[rank], texts[rank]))
+        value.backward()
+        if loss_options.get("grad_reduction") == "sum":
+            for parameter in model.parameters():
+                parameter.grad *= dist.get_world_size(group)
+        optimizer.step()
+        losses.append(value.item())
+    parameters = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone().squeeze()
+        for name, p in model.named_parameters()
+    }
+    return losses, parameters
+
+
+def mesh_step(rank: int, group: Any, x: torch.Tensor, y: torch.Tensor, scheme: str) -> list[torch.Tensor]:
+    """A 2 x 2 mesh: in one step the losses over this rank's row and its column, and their gradients."""
+    rows, columns = [group_of(members) for members in ((0, 1), (2, 3))], [group_of(m) for m in ((0, 2), (1, 3))]
+    x, y = (t[rank].detach().requires_grad_() for t in (x, y))
+    results = []
+    losses = [
+        clipfast.contrastive_loss(x, y, 14.3, group=group, scheme=scheme, backend="torch")
+        for group in (rows[rank // 2], columns[rank % 2])
+    ]
+    for loss in losses:
+        results += [loss.detach(), *torch.autograd.grad(loss, (x, y), retain_graph=True)]
+    together = torch.autograd.grad(losses[0] + losses[1], (x, y))
+    return [*results, *together]
+
+
+def call(
+    rank: int, group: Any, per_rank: Sequence[dict[str, Any]], shapes: Sequence[tuple[int, int, int]] = ()
+) -> float:
+    """contrastive_loss with this rank's keywords; shapes are n, m and d of each rank."""
+    n, m, d = shapes[rank] if shapes else (3, 3, 4)
+    keywords = {"logit_scale": torch.tensor(2.0, requires_grad=True), "backend": "torch"} | per_rank[rank]
+    dtype, requires_grad = keywords.pop("dtype", torch.float32), keywords.pop("requires_grad", True)
+    x, y = (torch.randn(rows, d).to(dtype).requires_grad_(requires_grad) for rows in (n, m))
+    with torch.set_grad_enabled(keywords.pop("grad", True)):
+        loss = clipfast.contrastive_loss(x, y, group=group, **keywords)
+    if loss.requires_grad:
+        loss.backward()
+    return loss.item()
+
+
+def fail(rank: int, group: Any, how: str, scheme: str) -> float:
+    """A rank raises, ends or hangs between the passes of others."""
+    x = torch.randn(4, 3, requires_grad=True)
+    loss = clipfast.contrastive_loss(x, x, 2.0, group=group, scheme=scheme, backend="torch")
+    if rank == 1 and how == "raise":
+        raise RuntimeError("of its own")
+    if rank == 1 and how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1:
+        time.sleep(3 * FAIL_TIMEOUT)
+    started = time.monotonic()
+    try:
+        loss.backward()
+    except RuntimeError:
+        return time.monotonic() - started
+    return math.inf

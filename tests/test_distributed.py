@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from oracle import error, features
-from ranks import Failed, Ranks, contrastive
+from ranks import FAIL_TIMEOUT, Failed, Ranks, call, contrastive, cost, fail, mesh_step, step
 from torch import Tensor
 from torch.nn.functional import log_softmax
+from towers import Towers
 
-from clipfast import dispatch, reference
+from clipfast import collectives, dispatch, reference, schemes
+from clipfast.collectives import Shards
 from clipfast.problem import HALF_DTYPES, Problem, accumulation_dtype
 
 SCHEMES = ("gather", "ring")
@@ -208,3 +211,205 @@ def test_dtypes_and_backends(ranks: Ranks, backend: str, options: str, dtype: to
     if reasons := dispatch.get(backend).unsupported_reasons(problem):
         pytest.skip("; ".join(reasons))
     assert_right(ranks, batch, chosen | {"backend": backend}, scheme=scheme)
+
+
+def test_repeats_bitwise(ranks: Ranks) -> None:
+    batch = Batch([(5, 8), (0, 0), (12, 12), (7, 9)], 16, torch.float32, ids=True)
+    for scheme in SCHEMES:
+        call = batch.shards, 14.3, 0.0, OPTIONS["positive, smoothing"], (), scheme
+        first, second = ranks.run(contrastive, *call), ranks.run(contrastive, *call)
+        for a, b in zip(first, second, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("options", ["plain", "none", "normalize, smoothing"])
+def test_every_rank_has_an_upstream_gradient_of_its_own(ranks: Ranks, options: str, scheme: str) -> None:
+    sizes = [(5, 5), (9, 9), (2, 2)]
+    upstream: list[Any] = [0.5, -3.0, 1.25]
+    if options == "none":
+        upstream = [torch.randn(2, n, dtype=torch.float64) for n, _ in sizes]
+    assert_right(ranks, Batch(sizes, 7, torch.float64), OPTIONS[options], upstream=upstream, scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equal_shards_need_no_record(ranks: Ranks, scheme: str) -> None:
+    batch = Batch([(5, 8)] * 3, 7, torch.float64)
+    assert_right(ranks, batch, {"normalize": True}, scheme=scheme, grad_reduction="mean", equal_shards=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_not_finite_input(ranks: Ranks, scheme: str, value: float) -> None:
+    """It comes out as in the dense formula."""
+    batch = Batch([(5, 5), (3, 6)], 7, torch.float64)
+    batch.shards[1]["y"][1, 2] = value
+    batch.y[6, 2] = value
+    got = joined(ranks.run(contrastive, batch.shards, 14.3, 0.0, {}, (), scheme, ranks=(0, 1)), {})
+    dense = batch.evaluate(torch.float64, 14.3, 0.0, {}, None)
+    for name in ("loss", "dx", "dy", "dscale"):
+        assert torch.equal(got[name].isnan(), dense[name].isnan()), name
+        assert torch.equal(got[name].isinf(), dense[name].isinf()), name
+
+
+COSTS: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {
+    "plain": ({}, {}),
+    "ignore": ({"same_id": "ignore"}, {"ids": True}),
+    "positive, smoothing": (
+        {"same_id": "positive", "label_smoothing": 0.1},
+        {"ids": True, "positives": True, "smoothing": True},
+    ),
+    "metrics, none": ({"metrics": True, "reduction": "none"}, {"metrics": True, "mean": False}),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("options", COSTS)
+def test_bytes_sent_and_products(ranks: Ranks, options: str, scheme: str) -> None:
+    """What explain predicts, counted: bytes on every rank, and 4 P over all of them."""
+    chosen, predicted = COSTS[options]
+    for sizes in ([(4, 4)] * 4, [(5, 6), (0, 0), (9, 9), (2, 5)]):
+        batch = Batch(sizes, 8, torch.bfloat16, ids="ids" in predicted)
+        got = ranks.run(cost, batch.shards, chosen, scheme, False)
+        images, texts = zip(*sizes, strict=True)
+        for rank, (forward, backward, products, _) in enumerate(got):
+            shards = Shards(images, texts, True, True)
+            job = schemes.make(scheme, collectives.Ranks(None, rank, 4), shards, 8, torch.bfloat16)
+            assert schemes.bytes_sent(job, 8, torch.bfloat16, **predicted) == (forward, backward)
+            assert products == 4 * images[rank] * batch.m * 8
+    prediction = schemes.predict(4, 4, 4, 8, torch.bfloat16, scheme, **predicted)
+    batch = Batch([(4, 4)] * 4, 8, torch.bfloat16, ids="ids" in predicted)
+    for forward, backward, products, _ in ranks.run(cost, batch.shards, chosen, scheme, False):
+        assert (prediction.forward_bytes, prediction.backward_bytes) == (forward, backward)
+        assert prediction.products * batch.n * batch.m * 8 == products
+
+
+def test_saved_bytes_of_the_ring_are_flat(ranks: Ranks) -> None:
+    saved = {}
+    for count in (2, 3, 4):
+        batch = Batch([(32, 40)] * count, 16, torch.float32)
+        for scheme in SCHEMES:
+            results = ranks.run(cost, batch.shards, {"normalize": True}, scheme, True, ranks=range(count))
+            assert len({result[3] for result in results}) == 1
+            saved[scheme, count] = results[0][3]
+    assert saved["ring", 2] == saved["ring", 3] == saved["ring", 4]
+    for count in (2, 3, 4):
+        assert saved["gather", count] - saved["ring", count] == 40 * count * 16 * 4
+
+
+def trained(images: list[Tensor], texts: list[Tensor]) -> tuple[list[float], dict[str, Tensor]]:
+    """`ranks.step` in this process alone, with the dense formula over the whole batch."""
+    torch.manual_seed(0)
+    model = Towers().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        out = model(torch.cat(images), torch.cat(texts))
+        loss = reference.contrastive_loss(*out.values())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def assert_trains_alike(ranks: Ranks, sizes: list[int], wrapper: str, options: dict[str, Any]) -> None:
+    images, texts = ([torch.randn(n, width, dtype=torch.float64) for n in sizes] for width in (6, 7))
+    expected_losses, expected = trained(images, texts)
+    for result in ranks.run(step, images, texts, wrapper, options, ranks=range(len(sizes))):
+        assert not isinstance(result, Failed), result
+        losses, parameters = result
+        assert losses == pytest.approx(expected_losses, rel=1e-12)
+        for name, parameter in parameters.items():
+            assert error(parameter, expected[name]) <= 1e-12 * max(1.0, expected[name].abs().max().item()), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sizes", [[4], [5, 5], [5, 9, 2], [4, 0, 7], [3, 3, 3, 3]], ids=str)
+def test_training_under_a_wrapper(ranks: Ranks, sizes: list[int], wrapper: str, scheme: str) -> None:
+    assert_trains_alike(ranks, sizes, wrapper, {"scheme": scheme})
+
+
+def test_gradients_that_are_added(ranks: Ranks) -> None:
+    """DDP's mean, times W, is the sum."""
+    for scheme in SCHEMES:
+        assert_trains_alike(ranks, [5, 9, 2], "ddp", {"scheme": scheme, "grad_reduction": "sum"})
+
+
+@pytest.mark.parametrize("local_loss", [False, True])
+@pytest.mark.parametrize("gather_with_grad", [False, True])
+@pytest.mark.parametrize("cache_labels", [False, True])
+def test_flags_of_open_clip(ranks: Ranks, local_loss: bool, gather_with_grad: bool, cache_labels: bool) -> None:
+    flags = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "cache_labels": cache_labels}
+    assert_trains_alike(ranks, [3, 5, 2, 4], "ddp", flags | {"world_size": 4})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_two_groups_in_one_step(ranks: Ranks, scheme: str) -> None:
+    """A 2 x 2 mesh: each rank's loss over its row and over its column, the ranks of a group not those of the job."""
+    x, y = torch.randn(4, 3, 6), torch.randn(4, 3, 6)
+    got = ranks.run(mesh_step, x, y, scheme)
+    for members in ((0, 1), (2, 3), (0, 2), (1, 3)):
+        both = [t[list(members)].double().flatten(0, 1).requires_grad_() for t in (x, y)]
+        loss = reference.contrastive_loss(*both, 14.3)
+        gradients = [2 * g for g in torch.autograd.grad(loss, both)]
+        for place, rank in enumerate(members):
+            first = 0 if members in ((0, 1), (2, 3)) else 3
+            assert error(got[rank][first], loss) <= 1e-5
+            for value, exact in zip(got[rank][first + 1 : first + 3], gradients, strict=True):
+                assert error(value, exact[3 * place : 3 * place + 3]) <= 1e-5
+    for result in got:
+        for together, one, other in zip(result[6:], result[1:3], result[4:6], strict=True):
+            assert error(together, one + other) <= 1e-6
+
+
+DISAGREEMENTS: dict[str, tuple[list[dict[str, Any]], list[tuple[int, int, int]], str]] = {
+    "d": ([{}] * 3, [(3, 3, 4), (3, 3, 4), (3, 3, 5)], "d of the features: got 4 on ranks 0, 1, 5 on rank 2;"),
+    "dtype": ([{}, {"dtype": torch.bfloat16}, {}], [], r"dtype .*: got torch.float32 on ranks 0, 2, torch.bfloat16"),
+    "option": ([{}, {"label_smoothing": 0.1}, {}], [], "label_smoothing: got 0.0 on ranks 0, 2, 0.1 on rank 1"),
+    "scheme": ([{"scheme": "ring"}, {}, {}], [], "scheme: got ring on rank 0, auto on ranks 1, 2"),
+    "reduction": ([{"grad_reduction": "sum"}, {}, {}], [], "grad_reduction: got sum on rank 0"),
+    "grad mode": ([{"grad": False}, {}, {}], [], r"torch.is_grad_enabled\(\): got False on rank 0"),
+    "no rows": ([{}] * 3, [(0, 0, 4)] * 3, "image_features: got no rows on any rank"),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREEMENTS)
+def test_ranks_that_disagree(ranks: Ranks, case: str) -> None:
+    """The same error on every rank, and the group lives on."""
+    per_rank, shapes, text = DISAGREEMENTS[case]
+    failures = ranks.run(call, per_rank, shapes, ranks=range(3))
+    assert len({str(failure) for failure in failures}) == 1
+    assert re.match(f"ValueError: {text}", str(failures[0])), failures[0]
+    assert len(set(ranks.run(call, [{}] * 3, ranks=range(3)))) == 1
+
+
+def test_a_rank_that_refuses_its_arguments(ranks: Ranks) -> None:
+    """Its own error there, and at once an error that names the rank on the others."""
+    failures = ranks.run(call, [{}, {"label_smoothing": 2.0}, {}], ranks=range(3))
+    assert str(failures[1]).startswith("ValueError: label_smoothing: got 2.0")
+    assert str(failures[0]) == str(failures[2])
+    assert str(failures[0]).startswith("ValueError: group: rank 1 refused its arguments")
+    assert len(set(ranks.run(call, [{}] * 3, ranks=range(3)))) == 1
+
+
+def test_ranks_may_want_different_gradients(ranks: Ranks) -> None:
+    """A rank whose features and scale want none meets the others in the backward pass all the same."""
+    for scheme in SCHEMES:
+        wants_none = {"requires_grad": False, "logit_scale": 2.0, "scheme": scheme}
+        losses = ranks.run(call, [{"scheme": scheme}, wants_none, {"scheme": scheme}], ranks=range(3))
+        assert len(set(losses)) == 1
+        assert not isinstance(losses[0], Failed)
+
+
+@pytest.mark.parametrize(("how", "scheme"), [("raise", "ring"), ("kill", "gather"), ("kill", "ring"), ("hang", "ring")])
+def test_a_rank_that_fails_ends_the_others(how: str, scheme: str) -> None:
+    """With an error, within the group's timeout."""
+    few = Ranks(2, timeout=FAIL_TIMEOUT)
+    try:
+        waited = few.run(fail, how, scheme)[0]
+        assert not isinstance(waited, Failed), waited
+        assert waited <= 2 * FAIL_TIMEOUT
+    finally:
+        few.kill()
