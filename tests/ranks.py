@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import math
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torchvision_stub import make_importable
 from towers import Towers
 
 import clipfast
@@ -220,7 +222,7 @@ def cost(
     from clipfast import distributed
 
     shard, saved = shards[rank], dict[int, int]()
-    x, y = (shard[name].detach().requires_grad_() for name in ("x", "y"))
+    x, y = (shard[name].detach().clone().requires_grad_() for name in ("x", "y"))
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.0))
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -328,3 +330,47 @@ def fail(rank: int, group: Any, how: str, scheme: str) -> float:
     except RuntimeError:
         return time.monotonic() - started
     return math.inf
+
+
+def compiled(rank: int, group: Any) -> tuple[float, float, int]:
+    """A step under torch.compile and one without: both losses, and how often the graph breaks."""
+    model = Towers()
+    loss = clipfast.ContrastiveLoss(group=group, backend="torch")
+    images, texts = torch.randn(4, 6), torch.randn(4, 7)
+
+    def forward() -> torch.Tensor:
+        return loss(**model(images, texts)) * 2  # type: ignore[no-any-return]
+
+    plain = forward()
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        # torch.compile looks for a .grad of what comes out of the break.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        got = torch.compile(forward, backend="aot_eager")()
+        breaks = torch._dynamo.explain(forward)().graph_break_count
+    got.backward()
+    expected = torch.autograd.grad(plain, model.image.weight)[0]
+    assert torch.allclose(model.image.weight.grad, expected, atol=1e-6)
+    return got.item(), plain.item(), breaks
+
+
+def against_open_clip(rank: int, group: Any, flags: dict[str, bool]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """open_clip's own loss under its flags and clipfast's: the losses, and the gradients after DDP's averaging."""
+    make_importable()
+    open_clip_loss = importlib.import_module("open_clip.loss")
+    torch.manual_seed(rank)
+    images, texts = torch.randn(4, 6), torch.randn(4, 7)
+    found = []
+    for loss in (
+        open_clip_loss.ClipLoss(rank=rank, world_size=dist.get_world_size(), **flags),
+        clipfast.ContrastiveLoss(rank=rank, world_size=dist.get_world_size(), backend="torch", **flags),
+    ):
+        torch.manual_seed(0)
+        model = Towers()
+        with warnings.catch_warnings():
+            # open_clip gathers by a function that torch deprecates.
+            warnings.simplefilter("ignore", FutureWarning)
+            value = loss(**DistributedDataParallel(model)(images, texts))
+            value.backward()
+        found.append({"loss": value.detach()} | {name: p.grad for name, p in model.named_parameters()})
+    return {name: (found[0][name], found[1][name]) for name in found[0]}

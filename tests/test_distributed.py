@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 from oracle import error, features
-from ranks import FAIL_TIMEOUT, Failed, Ranks, call, contrastive, cost, fail, mesh_step, step
+from ranks import (
+    FAIL_TIMEOUT,
+    Failed,
+    Ranks,
+    against_open_clip,
+    call,
+    compiled,
+    contrastive,
+    cost,
+    fail,
+    mesh_step,
+    step,
+)
 from torch import Tensor
 from torch.nn.functional import log_softmax
 from towers import Towers
@@ -362,6 +374,31 @@ def test_two_groups_in_one_step(ranks: Ranks, scheme: str) -> None:
     for result in got:
         for together, one, other in zip(result[6:], result[1:3], result[4:6], strict=True):
             assert error(together, one + other) <= 1e-6
+
+
+def test_against_open_clip(ranks: Ranks) -> None:
+    """Its own is right with gather_with_grad; without, its towers' gradients are 1/W of clipfast's."""
+    pytest.importorskip("open_clip", reason="open_clip is missing; the extra `open-clip` brings it")
+    for local_loss in (False, True):
+        for found in ranks.run(against_open_clip, {"local_loss": local_loss, "gather_with_grad": True}):
+            assert not isinstance(found, Failed), found
+            for name, (theirs, ours) in found.items():
+                if name == "loss" and local_loss:
+                    continue  # theirs is of the rank's own rows
+                assert error(ours, theirs) <= 1e-5 * max(1.0, theirs.abs().max().item()), name
+    for found in ranks.run(against_open_clip, {"local_loss": False, "gather_with_grad": False}):
+        for name, (theirs, ours) in found.items():
+            share = 4 if name.endswith(("weight", "image.bias", "text.bias")) else 1
+            assert error(ours, share * theirs) <= 1e-5 * max(1.0, ours.abs().max().item()), name
+
+
+def test_under_torch_compile(ranks: Ranks) -> None:
+    """The loss over ranks is one break in the graph, with a reason, and nothing else changes."""
+    for result in ranks.run(compiled, ranks=(0, 1)):
+        assert not isinstance(result, Failed), result
+        got, plain, breaks = result
+        assert got == pytest.approx(plain, rel=1e-6)
+        assert breaks == 1
 
 
 DISAGREEMENTS: dict[str, tuple[list[dict[str, Any]], list[tuple[int, int, int]], str]] = {
