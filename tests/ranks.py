@@ -332,8 +332,8 @@ def fail(rank: int, group: Any, how: str, scheme: str) -> float:
     return math.inf
 
 
-def compiled(rank: int, group: Any) -> tuple[float, float, int]:
-    """A step under torch.compile and one without: both losses, and how often the graph breaks."""
+def compiled(rank: int, group: Any) -> tuple[float, float, list[tuple[str, str]]]:
+    """A step under torch.compile and one without: both losses, and why and where the graph breaks."""
     model = Towers()
     loss = clipfast.ContrastiveLoss(group=group, backend="torch")
     images, texts = torch.randn(4, 6), torch.randn(4, 7)
@@ -347,7 +347,7 @@ def compiled(rank: int, group: Any) -> tuple[float, float, int]:
         # torch.compile looks for a .grad of what comes out of the break.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         got = torch.compile(forward, backend="aot_eager")()
-        breaks = torch._dynamo.explain(forward)().graph_break_count
+        breaks = [(b.reason, str(b.user_stack[-1])) for b in torch._dynamo.explain(forward)().break_reasons]
     got.backward()
     expected = torch.autograd.grad(plain, model.image.weight)[0]
     assert torch.allclose(model.image.weight.grad, expected, atol=1e-6)
@@ -370,7 +370,8 @@ def against_open_clip(rank: int, group: Any, flags: dict[str, bool]) -> dict[str
         with warnings.catch_warnings():
             # open_clip gathers by a function that torch deprecates.
             warnings.simplefilter("ignore", FutureWarning)
-            value = loss(**DistributedDataParallel(model)(images, texts))
+            wrapped = DistributedDataParallel(model)  # averages while it lives
+            value = loss(**wrapped(images, texts))
             value.backward()
         found.append({"loss": value.detach()} | {name: p.grad for name, p in model.named_parameters()})
     return {name: (found[0][name], found[1][name]) for name in found[0]}

@@ -393,12 +393,13 @@ def test_against_open_clip(ranks: Ranks) -> None:
 
 
 def test_under_torch_compile(ranks: Ranks) -> None:
-    """The loss over ranks is one break in the graph, with a reason, and nothing else changes."""
+    """The graph breaks at one place, in every frame above it, with a reason; the values are the same."""
     for result in ranks.run(compiled, ranks=(0, 1)):
         assert not isinstance(result, Failed), result
         got, plain, breaks = result
         assert got == pytest.approx(plain, rel=1e-6)
-        assert breaks == 1
+        assert all("clipfast: ranks agree on sizes and options" in reason for reason, _ in breaks)
+        assert len({place for _, place in breaks}) == 1
 
 
 DISAGREEMENTS: dict[str, tuple[list[dict[str, Any]], list[tuple[int, int, int]], str]] = {
