@@ -21,7 +21,7 @@ MARKERS = "osv^D<>pPX"
 def load() -> list[dict[str, Any]]:
     """All speed results, one for each device."""
     paths = sorted(environment.RESULTS.glob("*.json"))
-    others = ("accuracy-", "compile-", "memory-")
+    others = ("accuracy-", "compile-", "memory-", "scaling-")
     return [json.loads(path.read_text()) for path in paths if not path.name.startswith(others)]
 
 

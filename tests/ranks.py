@@ -14,11 +14,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -31,7 +29,7 @@ from torchvision_stub import make_importable
 from towers import Towers
 
 import clipfast
-from clipfast.backends import torch as torch_backend
+from benchmarks.scaling import Counter
 from clipfast.problem import accumulation_dtype
 from clipfast.softmax import Options
 
@@ -170,49 +168,6 @@ def contrastive(
     assert all(torch.equal(g.nan_to_num(), a.nan_to_num()) for g, a in zip(gradients, again, strict=True))
     result = dict(zip(("dx", "dy", "dscale", "dbias"), gradients, strict=True)) | {"loss": loss.detach()}
     return result if row_above is None else result | {"row_above": row_above, "col_above": col_above}
-
-
-class Counter:
-    """Bytes that this rank sends, and multiply-adds of the torch backend's products, while it is entered."""
-
-    def __init__(self) -> None:
-        self.sent = self.products = 0
-        self.patches = ExitStack()
-
-    def __enter__(self) -> Counter:
-        gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-        for owner, name, count in (
-            (dist, gather, lambda received, own, group: self._send(len(received) - len(own))),
-            (dist, "all_to_all_single", self._exchange),
-            (dist, "batch_isend_irecv", self._pass_on),
-            (torch_backend, "forward", lambda block, *_: self._multiply(block, 1)),
-            (torch_backend, "backward", lambda block, *_: self._multiply(block, 3)),
-        ):
-            self.patches.enter_context(mock.patch.object(owner, name, self._counted(getattr(owner, name), count)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.patches.close()
-
-    def _counted(self, function: Callable[..., Any], count: Callable[..., None]) -> Callable[..., Any]:
-        def counted(*arguments: Any, **keywords: Any) -> Any:
-            count(*arguments, **keywords)
-            return function(*arguments, **keywords)
-
-        return counted
-
-    def _send(self, count: int) -> None:
-        self.sent += count
-
-    def _exchange(self, arriving: Any, leaving: Any, arrive: list[int], leave: list[int], group: Any) -> None:
-        kept = leave[dist.get_rank(group)]
-        self._send((len(leaving) - kept) * leaving[:1].numel())
-
-    def _pass_on(self, operations: list[Any]) -> None:
-        self._send(sum(o.tensor.numel() * o.tensor.itemsize for o in operations if o.op is dist.isend))
-
-    def _multiply(self, block: Any, products: int) -> None:
-        self.products += products * block.n * block.m * block.d
 
 
 def cost(
