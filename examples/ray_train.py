@@ -37,7 +37,7 @@ def train(config: dict[str, int]) -> None:
         value = loss(*model(images, texts))
         value.backward()
         optimizer.step()
-        ray.train.report({"loss": value.item()})
+    ray.train.report({"loss": value.item()})
 
 
 if __name__ == "__main__":
