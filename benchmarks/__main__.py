@@ -1,4 +1,4 @@
-"""`python -m benchmarks [run | gpu | report | memory | accuracy]`: measure, draw, put the figures into README.md."""
+"""`python -m benchmarks [run | gpu | report | memory | accuracy | scaling]`: measure, draw, fill README.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import accuracy, compare, compile_report, environment, gpu, memory, report
+from benchmarks import accuracy, compare, compile_report, environment, gpu, memory, report, scaling
 from benchmarks.cases import DTYPES, Case
 from benchmarks.run import Runner
 
@@ -69,6 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compiled = commands.add_parser("compile-report", help="what every Triton configuration compiles to, without a GPU")
     compiled.add_argument("--architecture", nargs="+", default=list(compile_report.DEVICES), metavar="NAME")
     compiled.set_defaults(call=lambda options: compile_report.main(options.architecture))
+    many = commands.add_parser(
+        "scaling", help="the loss over ranks: processes of this machine, and a model of many GPUs"
+    )
+    many.add_argument("--tflops", type=float, default=400, help="a GPU's matrix products; default: %(default)s")
+    many.add_argument("--gigabytes", type=float, default=50, help="that a GPU sends per second; default: %(default)s")
+    many.set_defaults(call=lambda options: scaling.main(scaling.Setting(options.tflops, options.gigabytes), tqdm.write))
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("--") and given[0] != "--help"):
         given.insert(0, "run")

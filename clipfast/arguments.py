@@ -21,10 +21,10 @@ NAMES = ("image_features", "text_features")
 
 
 def matched_features(
-    image_features: object, text_features: object, names: tuple[str, str] = NAMES
+    image_features: object, text_features: object, names: tuple[str, str] = NAMES, fewest_rows: int = 1
 ) -> tuple[Tensor, Tensor]:
     """`feature_pair`, with a text for each image at least."""
-    images, texts = feature_pair(image_features, text_features, names)
+    images, texts = feature_pair(image_features, text_features, names, fewest_rows)
     if len(texts) < len(images):
         raise ValueError(
             f"{names[1]}: got {len(texts)} rows; accepted are at least the {len(images)} rows of {names[0]}"
@@ -33,10 +33,11 @@ def matched_features(
 
 
 def feature_pair(
-    image_features: object, text_features: object, names: tuple[str, str] = NAMES
+    image_features: object, text_features: object, names: tuple[str, str] = NAMES, fewest_rows: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Both feature matrices, checked, resolved to plain memory and promoted to one dtype."""
-    images, texts = (features(name, value) for name, value in zip(names, (image_features, text_features), strict=True))
+    both = zip(names, (image_features, text_features), strict=True)
+    images, texts = (features(name, value, fewest_rows) for name, value in both)
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"{names[1]}: got shape {shape(texts)}; its d must be that of {names[0]}, {shape(images)}")
     if images.device != texts.device:
@@ -47,7 +48,7 @@ def feature_pair(
     return images.to(promoted), texts.to(promoted)
 
 
-def features(name: str, value: object) -> Tensor:  # [rows, d]
+def features(name: str, value: object, fewest_rows: int = 1) -> Tensor:  # [rows, d]
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type_name(value)}; accepted is a torch.Tensor")
     if value.is_nested:
@@ -58,7 +59,7 @@ def features(name: str, value: object) -> Tensor:  # [rows, d]
         raise TypeError(f"{name}: got {value.dtype}; accepted are {', '.join(map(str, DTYPES))}")
     if value.ndim != 2:
         raise ValueError(f"{name}: got shape {shape(value)}; accepted is [rows, d]")
-    if value.shape[0] == 0 or value.shape[1] == 0:
+    if value.shape[0] < fewest_rows or value.shape[1] == 0:
         raise ValueError(f"{name}: got shape {shape(value)}; at least one row and one column are needed")
     return plain(name, value)
 
@@ -91,8 +92,8 @@ def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -
 
 def ids(
     image_ids: Tensor | None, text_ids: Tensor | None, images: Tensor, texts: Tensor
-) -> tuple[Tensor | None, Tensor | None]:  # [n], [m], int32
-    """Ids of both sides, numbered; text_ids are image_ids where they are left out and the rows are as many."""
+) -> tuple[Tensor | None, Tensor | None]:  # [n], [m], int64
+    """Ids of both sides; text_ids are image_ids where they are left out and the rows are as many."""
     if image_ids is None:
         if text_ids is not None:
             raise ValueError("image_ids: got None with text_ids; accepted are both, or image_ids alone")
@@ -105,7 +106,15 @@ def ids(
             )
         text_ids = image_ids
     _check_ids("text_ids", text_ids, texts)
-    return number_ids(image_ids.long(), text_ids.long())
+    return image_ids.long(), text_ids.long()
+
+
+def numbered_ids(
+    image_ids: Tensor | None, text_ids: Tensor | None, images: Tensor, texts: Tensor
+) -> tuple[Tensor | None, Tensor | None]:  # [n], [m], int32
+    """`ids` as a block takes them."""
+    row_ids, col_ids = ids(image_ids, text_ids, images, texts)
+    return (None, None) if row_ids is None or col_ids is None else number_ids(row_ids, col_ids)
 
 
 def _check_ids(name: str, value: object, rows: Tensor) -> None:
@@ -153,15 +162,22 @@ def backend_name(value: object) -> str:
     return value
 
 
-def process_group(value: object) -> None:
-    """Refuse what is no group, and a group of several processes."""
+def process_group(value: object) -> torch.distributed.ProcessGroup | None:
+    """The group, None if it has no other process."""
     if value is None:
-        return
+        return None
+    if value == torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: this process is not in it; accepted is a group that it is in, or None")
     if not isinstance(value, torch.distributed.ProcessGroup):
         raise TypeError(f"group: got {type_name(value)}; accepted is a torch.distributed.ProcessGroup or None")
-    if torch.distributed.get_world_size(value) > 1:
+    return value if torch.distributed.get_world_size(value) > 1 else None
+
+
+def one_process(value: object, what: str) -> None:
+    """Refuse a group of several processes."""
+    if process_group(value) is not None:
         raise NotImplementedError(
-            "group: the loss over several processes is not available yet; pass None for each process's own batch"
+            f"group: {what} over several processes is not available yet; pass None for each process's own batch"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from clipfast import arguments, dispatch, operators
 from clipfast.block import IGNORE, SAME_IDS
+from clipfast.collectives import Ranks, refusing, warn_of_a_local_loss
 from clipfast.norms import l2_normalize
 from clipfast.problem import DISTILLATION, IDS, RANKS, SIGMOID, Problem, accumulation_dtype
+from clipfast.schemes import SCHEMES
 from clipfast.softmax import BOTH, DIRECTIONS, IMAGE_TO_TEXT, MEAN, REDUCTIONS, TEXT_TO_IMAGE, Options
 
 GRAD_REDUCTIONS = ("mean", "sum")
@@ -33,6 +36,8 @@ def contrastive_loss(
     return_metrics: bool = False,
     group: Any = None,
     grad_reduction: str = "mean",
+    scheme: str = "auto",
+    equal_shards: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # 0-D; with return_metrics (Tensor, dict of 0-D tensors)
@@ -65,8 +70,13 @@ def contrastive_loss(
             uniform over a row's positives (Khosla et al. 2020, arXiv:2004.11362, equation 2). Smoothed labels are
             uniform over what is not left out.
         return_metrics: also return in-batch recall, counted by the pass that sees every logit.
-        group: a process group to compute the global loss over; of more than one process: not available yet.
+        group: a process group, over all of whose ranks' rows the loss is taken; None for this process's own. Ranks may
+            have different numbers of rows, some of them none. Each gets the loss, and the metrics, of the whole.
         grad_reduction: "mean" or "sum", how the data-parallel wrapper reduces gradients; no effect in one process.
+        scheme: "gather" (every rank holds all texts), "ring" (texts go round; memory does not grow with the number of
+            ranks) or "auto", which gathers where all texts and their gradients take no more than 4 GiB.
+        equal_shards: a promise that all ranks call with the same shapes, dtypes, options and wanted gradients. They do
+            not compare them then, and do not wait for the device.
         deterministic: every backend repeats bitwise, so None, True and False give the same result.
         backend: "auto" or a name from `clipfast.backends()`; a name never falls back to another backend.
 
@@ -78,34 +88,48 @@ def contrastive_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
-        NotImplementedError: an option that is marked as not available yet.
+            In a group the ranks that wait for this one raise ValueError too.
     """
-    arguments.flag("deterministic", False if deterministic is None else deterministic)
-    arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
-    arguments.choice("direction", direction, DIRECTIONS)
-    arguments.choice("reduction", reduction, REDUCTIONS)
-    arguments.choice("same_id", same_id, SAME_IDS)
-    arguments.flag("normalize", normalize)
-    arguments.flag("return_metrics", return_metrics)
-    label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
-    arguments.process_group(group)
-    x, y = arguments.matched_features(image_features, text_features)
-    if isinstance(logit_bias, Tensor) and len(x) > 1 and logit_bias.shape == x.shape[:1] == y.shape[:1]:
+    ranks = arguments.process_group(group)
+    if group is None:
+        warn_of_a_local_loss()
+    with _telling(ranks, image_features, equal_shards):
+        arguments.flag("deterministic", False if deterministic is None else deterministic)
+        arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
+        arguments.choice("scheme", scheme, SCHEMES)
+        arguments.choice("direction", direction, DIRECTIONS)
+        arguments.choice("reduction", reduction, REDUCTIONS)
+        arguments.choice("same_id", same_id, SAME_IDS)
+        arguments.flag("normalize", normalize)
+        arguments.flag("return_metrics", return_metrics)
+        label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
+        x, y = arguments.matched_features(image_features, text_features, fewest_rows=0 if ranks else 1)
+        ids = arguments.ids(image_ids, text_ids, x, y)
+        biases = _biases_of_candidates(logit_bias, x, y)
+        scale, bias = _scalars(x, logit_scale, 0.0 if logit_bias is None or biases is not None else logit_bias)
+        needs = {IDS} if ids[0] is not None else set()
+        backend = _select(x, y, backend, needs | {RANKS} if return_metrics else needs)
+    if biases is not None:
         of_one: dict[str, Any] = {
             "normalize": normalize, "label_smoothing": label_smoothing, "reduction": reduction, "image_ids": image_ids,
             "text_ids": text_ids, "same_id": same_id, "return_metrics": return_metrics, "group": group,
-            "grad_reduction": grad_reduction, "backend": backend,
+            "grad_reduction": grad_reduction, "scheme": scheme, "equal_shards": equal_shards, "backend": backend,
         }  # fmt: skip
-        return _with_bias_of_candidates(x, y, logit_scale, logit_bias, direction, **of_one)
-    scale, bias = _scalars(x, logit_scale, 0.0 if logit_bias is None else logit_bias)
-    ids = arguments.ids(image_ids, text_ids, x, y)
-    needs = {IDS} if ids[0] is not None else set()
-    backend = _select(x, y, backend, needs | {RANKS} if return_metrics else needs)
+        return _with_bias_of_candidates(x, y, logit_scale, biases, direction, **of_one)
     options = Options(normalize, label_smoothing, direction, reduction, same_id, return_metrics, backend)
-    loss, _, _, _, row_above, col_above = operators.contrastive_loss(x, y, scale, bias, *ids, *options)
+    if ranks is None:
+        numbers = arguments.numbered_ids(*ids, x, y)
+        loss, _, _, _, row_above, col_above = operators.contrastive_loss(x, y, scale, bias, *numbers, *options)
+    else:
+        from clipfast import distributed  # imports torch's compiler, which takes a second
+
+        schemes = {"grad_reduction": grad_reduction, "scheme": scheme, "equal_shards": equal_shards}
+        loss, row_above, col_above = distributed.contrastive_loss(
+            x, y, scale, bias, *ids, options, group=ranks, **schemes
+        )
     if not return_metrics:
         return loss
-    return loss, recalls(row_above, col_above[: len(x)], direction)  # type: ignore[return-value]
+    return loss, recalls(row_above, col_above[: len(x)], direction, ranks)  # type: ignore[return-value]
 
 
 def siglip_loss(
@@ -150,10 +174,10 @@ def siglip_loss(
     arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
     arguments.choice("same_id", same_id, SAME_IDS)
     arguments.flag("normalize", normalize)
-    arguments.process_group(group)
+    arguments.one_process(group, "the sigmoid loss")
     x, y = arguments.matched_features(image_features, text_features)
     scale, bias = _scalars(x, logit_scale, logit_bias)
-    ids = arguments.ids(image_ids, text_ids, x, y)
+    ids = arguments.numbered_ids(image_ids, text_ids, x, y)
     backend = _select(x, y, backend, {SIGMOID} if ids[0] is None else {SIGMOID, IDS})
     wanted = _wants_gradients(x, y, scale, bias)
     loss, *_ = operators.siglip_loss(x, y, scale, bias, *ids, wanted, normalize, same_id, backend)
@@ -202,7 +226,7 @@ def distillation_loss(
     arguments.flag("deterministic", False if deterministic is None else deterministic)
     arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
     arguments.flag("normalize", normalize)
-    arguments.process_group(group)
+    arguments.one_process(group, "distillation")
     x, y = arguments.matched_features(image_features, text_features)
     names = ("teacher_image_features", "teacher_text_features")
     teacher = arguments.matched_features(teacher_image_features, teacher_text_features, names)
@@ -250,11 +274,36 @@ def _with_bias_of_candidates(
     return contrastive_loss(x, y, 1.0, direction=direction, **options)
 
 
-def recalls(row_above: Tensor, col_above: Tensor, direction: str = BOTH) -> dict[str, Tensor]:  # [n], [n]
-    """Recall at METRIC_KS of the counts of what is at or above a match."""
+def recalls(
+    row_above: Tensor,  # [n]
+    col_above: Tensor,  # [n]
+    direction: str = BOTH,
+    group: Any = None,
+) -> dict[str, Tensor]:
+    """Recall at METRIC_KS of the counts of what is at or above a match, over the ranks of a group."""
     counts = {IMAGE_TO_TEXT: row_above, TEXT_TO_IMAGE: col_above}
     names = counts if direction == BOTH else (direction,)
-    return {f"{name}_R@{k}": (counts[name] < k).float().mean() for name in names for k in METRIC_KS}
+    hits = {f"{name}_R@{k}": (counts[name] < k).float().sum() for name in names for k in METRIC_KS}
+    totals = torch.stack((*hits.values(), torch.full_like(next(iter(hits.values())), row_above.shape[0])))
+    if group is not None:
+        totals = Ranks.of(group).sum(totals)
+    return dict(zip(hits, totals[:-1] / totals[-1], strict=True))
+
+
+def _telling(group: Any, image_features: object, equal_shards: bool) -> AbstractContextManager[None]:
+    """An error in the arguments is told to the other ranks, which wait for this one."""
+    if group is None:
+        return nullcontext()
+    arguments.flag("equal_shards", equal_shards)
+    device = image_features.device if isinstance(image_features, Tensor) else torch.device("cpu")
+    return refusing(group, device, equal_shards)
+
+
+def _biases_of_candidates(logit_bias: object, x: Tensor, y: Tensor) -> Tensor | None:  # [n]
+    """The bias, if it is one for each candidate, as open_clip's ClipLoss takes a tensor [n]."""
+    if isinstance(logit_bias, Tensor) and len(x) > 1 and logit_bias.shape == x.shape[:1] == y.shape[:1]:
+        return logit_bias
+    return None
 
 
 def _scalars(x: Tensor, logit_scale: object, logit_bias: object = 0.0) -> tuple[Tensor, Tensor]:
@@ -267,7 +316,8 @@ def _scalars(x: Tensor, logit_scale: object, logit_bias: object = 0.0) -> tuple[
 
 
 def _select(x: Tensor, y: Tensor, backend: str, needs: set[str]) -> str:
-    problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, frozenset(needs))
+    n, m = (max(1, t.shape[0]) for t in (x, y))  # a rank of several may have no rows
+    problem = Problem(n, m, x.shape[1], x.dtype, x.device, frozenset(needs))
     return dispatch.select(problem, arguments.backend_name(backend))
 
 

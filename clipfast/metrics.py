@@ -57,13 +57,13 @@ def retrieval_metrics(
     """
     cuts = [arguments.positive_integer("ks", k) for k in ks]
     arguments.flag("normalize", normalize)
-    arguments.process_group(group)
+    arguments.one_process(group, "retrieval")
     x, y = (t.detach() for t in arguments.feature_pair(image_features, text_features))
     if image_ids is None and text_ids is None and len(x) != len(y):
         raise ValueError(
             f"text_features: got {len(y)} rows; accepted without ids are the {len(x)} rows of image_features"
         )
-    row_ids, col_ids = arguments.ids(image_ids, text_ids, x, y)
+    row_ids, col_ids = arguments.numbered_ids(image_ids, text_ids, x, y)
     needs = frozenset({RANKS} if row_ids is None else {RANKS, IDS})
     problem = Problem(len(x), len(y), x.shape[1], x.dtype, x.device, needs)
     chosen = dispatch.get(dispatch.select(problem, arguments.backend_name(backend)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfast import arguments
+from clipfast.collectives import world_of
 from clipfast.functional import contrastive_loss, siglip_loss
 from clipfast.norms import l2_normalize
 
@@ -21,14 +22,18 @@ class Loss(nn.Module):
         rank, world_size = constructor["rank"], constructor["world_size"]
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank}; accepted is a number below world_size, {world_size}")
-        if world_size > 1:
-            raise NotImplementedError(
-                f"world_size: got {world_size}; the loss over several processes is not available yet"
-            )
         if constructor.get("use_horovod"):
-            raise NotImplementedError("use_horovod: Horovod is not supported; use torch.distributed")
+            raise ValueError("use_horovod: got True; accepted is False, with torch.distributed in place of Horovod")
+        if world_size > 1 and options.get("group") is not None:
+            raise ValueError(f"world_size: got {world_size} together with a group; accepted is one of both")
         self.constructor = constructor
         self.options = options
+
+    def options_of_call(self, **ids: Tensor | None) -> dict[str, Any]:
+        """The function's options, with the group of the processes that the constructor named."""
+        rank, world_size = self.constructor["rank"], self.constructor["world_size"]
+        group = {"group": world_of(rank, world_size)} if world_size > 1 else {}
+        return {**ids, **self.options, **group}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in (self.constructor | self.options).items())
@@ -38,19 +43,20 @@ class ContrastiveLoss(Loss):
     """`clipfast.contrastive_loss` with the constructor and the forward of open_clip.ClipLoss (3.3.0).
 
     Args:
-        local_loss: accepted; several processes need `world_size` > 1, which is not available yet.
-        gather_with_grad: accepted, as local_loss.
+        local_loss: accepted, as gather_with_grad: the loss and its gradients are right, and cost least, with any flags.
+        gather_with_grad: accepted.
         cache_labels: accepted; there are no labels to cache.
         rank: this process's number in range(world_size).
-        world_size: the number of processes; more than 1 is not available yet.
+        world_size: the number of processes; with more than 1 the loss is that of all of torch.distributed's. With 1
+            inside a larger job it is that of this process's own rows, as in open_clip.
         use_horovod: must be False.
         options: the keyword options of `clipfast.contrastive_loss`, but for the ids, which come with each batch. With
             return_metrics the metrics of the last forward are in the attribute `metrics`; forward returns the loss.
 
     Raises:
         TypeError: an option is unknown.
-        ValueError: rank lies outside range(world_size).
-        NotImplementedError: world_size > 1 or use_horovod.
+        ValueError: rank lies outside range(world_size); use_horovod; in the call, rank and world_size are not those of
+            torch.distributed.
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class ContrastiveLoss(Loss):
         text_ids: Tensor | None = None,  # [m]
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-D; with output_dict a dict with it under "contrastive_loss" and no other key."""
-        options: dict[str, Any] = {"image_ids": image_ids, "text_ids": text_ids, **self.options}
+        options = self.options_of_call(image_ids=image_ids, text_ids=text_ids)
         loss: Any = contrastive_loss(image_features, text_features, logit_scale, logit_bias, **options)
         if self.options.get("return_metrics"):
             loss, self.metrics = loss
@@ -99,14 +105,13 @@ class SigLipLoss(Loss):
     Args:
         cache_labels: accepted; there are no labels to cache.
         rank: this process's number in range(world_size).
-        world_size: the number of processes; more than 1 is not available yet.
+        world_size: the number of processes; more than 1 raises NotImplementedError in the call.
         dist_impl: None, "bidir", "shift", "reduce" or "gather"; without effect.
         options: the keyword options of `clipfast.siglip_loss`, but for the ids, which come with each batch.
 
     Raises:
         TypeError: an option is unknown.
         ValueError: rank lies outside range(world_size), or dist_impl is unknown.
-        NotImplementedError: world_size > 1.
     """
 
     def __init__(
@@ -135,7 +140,7 @@ class SigLipLoss(Loss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-D; with output_dict a dict with it under "contrastive_loss" and no other key."""
         bias = 0.0 if logit_bias is None else logit_bias
-        options: dict[str, Any] = {"image_ids": image_ids, "text_ids": text_ids, **self.options}
+        options = self.options_of_call(image_ids=image_ids, text_ids=text_ids)
         loss = siglip_loss(image_features, text_features, logit_scale, bias, **options)
         return {"contrastive_loss": loss} if output_dict else loss
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import clipfast
 from clipfast import operators
@@ -85,13 +84,14 @@ def test_wrong_argument(
         clipfast.contrastive_loss(**{"image_features": X, "text_features": X, "logit_scale": 1.0, **arguments})
 
 
-def test_a_group_of_two() -> None:
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        with pytest.raises(NotImplementedError, match=r"group: .* not available yet; pass None"):
-            clipfast.contrastive_loss(X, X, 1.0, group=torch.distributed.group.WORLD)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_group_without_this_process() -> None:
+    with pytest.raises(ValueError, match="group: this process is not in it"):
+        clipfast.contrastive_loss(X, X, 1.0, group=torch.distributed.GroupMember.NON_GROUP_MEMBER)
+
+
+def test_several_processes_without_a_group() -> None:
+    with pytest.raises(ValueError, match=r"world_size: got 2; accepted is 1 until .*init_process_group"):
+        clipfast.ContrastiveLoss(world_size=2)(X, X, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_a_group_of_two() -> None:
         ({"rank": 1}, ValueError, "rank: got 1; accepted is a number below world_size, 1"),
         ({"rank": -1}, ValueError, "rank: got -1; accepted"),
         ({"world_size": 0}, ValueError, "rank: got 0; accepted"),
-        ({"world_size": 2}, NotImplementedError, "world_size: got 2; .* not available yet"),
-        ({"use_horovod": True}, NotImplementedError, "use_horovod: Horovod is not supported; use torch.distributed"),
+        ({"world_size": 2, "group": object()}, ValueError, "world_size: got 2 together with a group"),
+        ({"use_horovod": True}, ValueError, "use_horovod: got True; accepted is False, with torch.distributed"),
     ],
 )
 def test_wrong_constructor_argument(arguments: dict[str, Any], error: type[Exception], text: str) -> None:

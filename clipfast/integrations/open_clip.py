@@ -35,8 +35,9 @@ def patch(**options: Any) -> None:
     A second call changes the options and nothing else. A subclass with its own `get_logits` or `get_ground_truth` means
     another loss and keeps open_clip's forward.
 
-    A patched loss raises NotImplementedError when it is called with what `clipfast.ContrastiveLoss` does not take:
-    world_size > 1 or use_horovod. An empty batch, n = 0, raises ValueError, where open_clip's formula gives NaN.
+    With world_size > 1 a patched loss is that of all ranks, with the gradients of one process, whatever the flags
+    local_loss and gather_with_grad are. It raises ValueError when it is called with use_horovod, or with an empty
+    batch, n = 0, where open_clip's formula gives NaN.
 
     Args:
         options: keyword options of `clipfast.ContrastiveLoss`, as backend or label_smoothing, for every patched loss.

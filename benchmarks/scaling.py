@@ -1,0 +1,193 @@
+"""Many ranks: products, bytes and time measured on gloo processes of this machine, and a model of many GPUs.
+
+The model's figures are no measurements: products over a compute rate, and bytes sent over a bandwidth, both of which
+are arguments.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+import clipfast
+from benchmarks import environment
+from clipfast import dispatch, schemes
+
+RANKS = (1, 2, 3, 4)
+ROWS, WIDTH = 512, 512  # of each rank
+ROUNDS = 5
+GPUS = tuple(8 << k for k in range(10))
+ROWS_OF_GPU = 1024
+
+
+class Setting(NamedTuple):
+    """What the model of GPUs takes for granted."""
+
+    tflops: float  # of matrix products, per GPU
+    gigabytes: float  # per second, that a GPU sends
+
+
+class Counter:
+    """Bytes that this rank sends, and multiply-adds of its backends' products, while it is entered."""
+
+    def __init__(self) -> None:
+        self.sent = self.products = 0
+        self.patches = ExitStack()
+
+    def __enter__(self) -> Counter:
+        gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        counts: list[tuple[Any, str, Callable[..., None]]] = [
+            (dist, gather, lambda received, own, group: self._send(len(received) - len(own))),
+            (dist, "all_to_all_single", self._exchange),
+            (dist, "batch_isend_irecv", self._pass_on),
+        ]
+        for backend in dispatch.BACKENDS:
+            counts.append((backend, "forward", lambda block, *_: self._multiply(block, 1)))
+            counts.append((backend, "backward", lambda block, *_: self._multiply(block, 3)))
+        for owner, name, count in counts:
+            self.patches.enter_context(mock.patch.object(owner, name, self._counted(getattr(owner, name), count)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patches.close()
+
+    def _counted(self, function: Callable[..., Any], count: Callable[..., None]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            count(*arguments, **keywords)
+            return function(*arguments, **keywords)
+
+        return counted
+
+    def _send(self, count: int) -> None:
+        self.sent += count
+
+    def _exchange(self, arriving: Any, leaving: Any, arrive: list[int], leave: list[int], group: Any) -> None:
+        kept = leave[dist.get_rank(group)]
+        self._send((len(leaving) - kept) * leaving[:1].numel())
+
+    def _pass_on(self, operations: list[Any]) -> None:
+        self._send(sum(o.tensor.numel() * o.tensor.itemsize for o in operations if o.op is dist.isend))
+
+    def _multiply(self, block: Any, products: int) -> None:
+        self.products += products * block.n * block.m * block.d
+
+
+def measure(ranks: int) -> list[dict[str, Any]]:
+    """Of each scheme the median seconds of forward and backward, and what a rank sends and multiplies in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_measure, (ranks, folder), nprocs=ranks)  # type: ignore[no-untyped-call]
+        rows: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text())
+    return rows
+
+
+def _measure(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+    torch.manual_seed(rank)
+    x, y = (torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2))
+
+    def step(scheme: str) -> float:
+        dist.barrier()
+        started = time.perf_counter()
+        loss = clipfast.contrastive_loss(x, y, 14.3, normalize=True, group=dist.group.WORLD, scheme=scheme)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return time.perf_counter() - started
+
+    rows = []
+    for scheme in (schemes.GATHER, schemes.RING):
+        with Counter() as counter:
+            step(scheme)
+        seconds = sorted(step(scheme) for _ in range(ROUNDS))[ROUNDS // 2]
+        products = counter.products / ((ranks * ROWS) ** 2 * WIDTH)
+        rows.append(
+            {"ranks": ranks, "scheme": scheme, "seconds": seconds, "products": products, "bytes_sent": counter.sent}
+        )
+    if rank == 0:
+        (Path(folder) / "rows.json").write_text(json.dumps(rows))
+    dist.barrier()
+    time.sleep(0.5)  # gloo's threads may still hold the last message
+    dist.destroy_process_group()
+
+
+def modelled(gpus: int, setting: Setting) -> list[dict[str, Any]]:
+    """A step's loss on so many GPUs with bfloat16 features: milliseconds, transfers hidden or not."""
+    rows, total = ROWS_OF_GPU, ROWS_OF_GPU * gpus
+    product = 2 * total * total * WIDTH / (setting.tflops * 1e12)  # seconds of 1 P on one GPU
+    # Both towers gathered, both gradients reduce-scattered, in the features' dtype; 6 P everywhere, or of the own rows.
+    both_towers = 4 * (gpus - 1) * rows * WIDTH * 2
+    found = {"open_clip": (6.0, both_towers), "open_clip, local_loss": (6 / gpus, both_towers)}
+    for scheme in (schemes.GATHER, schemes.RING):
+        prediction = schemes.predict(gpus, rows, rows, WIDTH, torch.bfloat16, scheme)
+        found[f"clipfast, {scheme}"] = (prediction.products, prediction.forward_bytes + prediction.backward_bytes)
+    result = []
+    for name, (products, sent) in found.items():
+        compute, transfer = 1e3 * products * product, 1e3 * sent / (setting.gigabytes * 1e9)
+        result.append(
+            {
+                "gpus": gpus,
+                "candidate": name,
+                "products": products,
+                "bytes_sent": sent,
+                "ms_overlapped": max(compute, transfer),
+                "ms_in_turn": compute + transfer,
+            }
+        )
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """What was measured, then what the model says."""
+    lines = ["| ranks | scheme | P per rank | MB sent per rank | ms |", "|---:|---|---:|---:|---:|"]
+    lines += [
+        f"| {row['ranks']} | {row['scheme']} | {row['products']:.2f} | {row['bytes_sent'] / 1e6:.2f} "
+        f"| {1e3 * row['seconds']:.1f} |"
+        for row in result["measured"]
+    ]
+    lines += ["", "| GPUs | | P per GPU | MB sent | ms, overlapped | ms, in turn |", "|---:|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {row['gpus']} | {row['candidate']} | {row['products']:.4f} | {row['bytes_sent'] / 1e6:,.0f} "
+        f"| {row['ms_overlapped']:,.2f} | {row['ms_in_turn']:,.2f} |"
+        for row in result["modelled"]
+    ]
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """The model's time against the number of GPUs; where transfers are hidden, and dotted where they are not."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for color, name in enumerate(dict.fromkeys(row["candidate"] for row in result["modelled"])):
+        rows = [row for row in result["modelled"] if row["candidate"] == name]
+        for key, style, label in (("ms_overlapped", "-", name), ("ms_in_turn", ":", None)):
+            axes.plot([r["gpus"] for r in rows], [r[key] for r in rows], style, color=f"C{color}", label=label)
+    axes.set(xscale="log", yscale="log", xlabel=f"GPUs, {ROWS_OF_GPU} pairs on each", ylabel="ms, modelled")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(setting: Setting, report: Callable[[str], None]) -> None:
+    result = environment.describe("cpu") | {"rows_per_rank": ROWS, "d": WIDTH, "setting": setting._asdict()}
+    result["measured"] = [row for ranks in RANKS for row in measure(ranks)]
+    result["modelled"] = [row for gpus in GPUS for row in modelled(gpus, setting)]
+    path = environment.RESULTS / f"scaling-{environment.file_name(environment.processor(), torch.get_num_threads())}"
+    environment.write_whole(path, result)
+    plot(result, path.with_suffix(".png"))
+    report(table(result))
+    report(f"written: {path}")
