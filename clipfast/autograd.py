@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from clipfast import arguments
+
 Save = Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]]
 
 
@@ -47,6 +49,7 @@ def differentiable(
     def gradients(ctx: Any, function: Callable[..., tuple[Tensor, ...]], gradient: Tensor) -> tuple[Tensor | None, ...]:
         if formed and torch.is_grad_enabled():
             _refuse_double_backward()
+        gradient = arguments.plain("the loss's gradient", gradient)
         by_inputs = function(gradient, *ctx.saved_tensors, *ctx.values)
         return *by_inputs, *[None] * (ctx.inputs - len(by_inputs))
 
