@@ -49,7 +49,6 @@ def differentiable(
     def gradients(ctx: Any, function: Callable[..., tuple[Tensor, ...]], gradient: Tensor) -> tuple[Tensor | None, ...]:
         if formed and torch.is_grad_enabled():
             _refuse_double_backward()
-        gradient = arguments.plain("the loss's gradient", gradient)
         by_inputs = function(gradient, *ctx.saved_tensors, *ctx.values)
         return *by_inputs, *[None] * (ctx.inputs - len(by_inputs))
 
@@ -66,8 +65,11 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-            return gradients(ctx, EagerBackward.apply if differentiated else backward, gradient)
+            if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                function = EagerBackward.apply
+            else:
+                function = derivative if _watched((gradient, *ctx.saved_tensors)) else backward
+            return gradients(ctx, function, arguments.plain("the loss's gradient", gradient))
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:

@@ -70,7 +70,7 @@ def test_a_wrong_instruction_set_is_reported(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_wrong_backend_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fast")
-    assert "error: backend: 'fast' is unknown; accepted are 'auto'" in info.report()
+    assert "error: CLIPFAST_BACKEND: 'fast' is unknown; accepted are 'auto'" in info.report()
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
