@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import error, evaluate, features
+from oracle import error, evaluate, features, reasons_against
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import clipfast
 from clipfast import reference
 from clipfast.backends import cpu
+from clipfast.problem import DISTILLATION, SIGMOID
 
 TEACHER = features("trained", 8, 8, 5)
 Loss = Callable[..., Tensor]
@@ -35,8 +36,16 @@ LOSSES = {
 
 @pytest.fixture(params=LOSSES)
 def losses(request: pytest.FixtureRequest) -> tuple[Loss, Loss]:
-    """clipfast's loss and the reference's."""
+    """clipfast's loss and the reference's, skipped where the test's backend has a reason against it."""
+    if "backend" in request.fixturenames:
+        skip_without(request.getfixturevalue("backend"), request.param)
     return LOSSES[request.param]
+
+
+def skip_without(backend: str, name: str) -> None:
+    needs = {"contrastive": (), "siglip": (SIGMOID,), "distillation": (DISTILLATION,)}[name]
+    if reasons := reasons_against(backend, torch.float32, *needs):
+        pytest.skip("; ".join(reasons))
 
 
 def assert_right(loss: Loss, formula: Loss, x: Tensor, y: Tensor, scale: float = 5.0, **options: Any) -> None:
@@ -156,14 +165,13 @@ def test_defaults_change_nothing(backend: str, losses: tuple[Loss, Loss], kind: 
         assert torch.equal(a, b)
 
 
+@pytest.mark.needs("ids", "ranks")
 @DEFAULTS
 @pytest.mark.parametrize("same_id", ["ignore", "positive"])
 def test_defaults_change_no_option(backend: str, kind: Any, same_id: str) -> None:
     leaves = [t.requires_grad_() for t in (*features("unnormalized", 8, 11, 6), torch.tensor(5.0))]
     ids = {"image_ids": torch.arange(8) // 2, "text_ids": torch.arange(11) // 2}
-    options: dict[str, Any] = {"label_smoothing": 0.1, "return_metrics": backend != "triton", "same_id": same_id, **ids}
-    if backend == "triton":
-        pytest.skip("has no ids")
+    options: dict[str, Any] = {"label_smoothing": 0.1, "return_metrics": True, "same_id": same_id, **ids}
 
     def results() -> list[Tensor]:
         loss, metrics = clipfast.contrastive_loss(*leaves, 0.5, backend=backend, **options)
@@ -213,6 +221,7 @@ def _forward_ad(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["siglip", "distillation"])
 def test_a_functional_gradient_of_what_is_formed_with_the_loss_names_the_reference(backend: str, name: str) -> None:
+    skip_without(backend, name)
     arguments = (*features("random", 8, 8, 4), torch.tensor(5.0), torch.tensor(-1.0))
     with pytest.raises(RuntimeError, match=r"clipfast\.reference"):
         torch.func.grad(functools.partial(LOSSES[name][0], backend=backend))(*arguments)
