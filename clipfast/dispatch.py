@@ -67,13 +67,14 @@ def _reasons_against(candidate: ModuleType, problem: Problem, backend: str) -> t
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, ...]]:
     """Every backend's name with its reasons not to run on `device`, best first; no reason means it can run."""
     problem = Problem(n=1, m=1, d=1, dtype=torch.float32, device=torch.device(device))
-    found = {}
-    for backend in BACKENDS:
+
+    def reasons(backend: ModuleType) -> tuple[str, ...]:
         try:
-            found[backend.NAME] = _unsupported_reasons(backend, problem)
+            return _unsupported_reasons(backend, problem)
         except ValueError as error:  # what the environment asks of it cannot be had, which a loss does not pass over
-            found[backend.NAME] = (str(error),)
-    return found
+            return (str(error),)
+
+    return {backend.NAME: reasons(backend) for backend in BACKENDS}
 
 
 def _unsupported_reasons(candidate: ModuleType, problem: Problem) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def test_a_wrong_instruction_set_is_reported(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, "mmx")
     text = info.report()
     assert "; in use: error: CLIPFAST_CPU_ISA: got 'mmx'; accepted are" in text
-    assert "backends on cpu:\nerror: CLIPFAST_CPU_ISA: got 'mmx'" in text
+    assert "\n  cpu: CLIPFAST_CPU_ISA: got 'mmx'" in text
     assert "CLIPFAST_CPU_ISA=mmx" in text
 
 
