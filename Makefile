@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-triton lint docs bench sanitize clean
+.PHONY: demo test test-triton fuzz lint docs bench sanitize clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
@@ -20,6 +20,12 @@ test: $(VENV)/test.stamp
 
 test-triton: $(VENV)/test-triton.stamp
 	$(PYTEST) tests/test_triton.py tests/test_triton_compile.py tests/test_tuning.py
+
+# Random cases against the dense formula in float64; a line for each that is wrong repeats it.
+CASES ?= 20000
+SEED ?= 0
+fuzz: $(VENV)/test.stamp
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks run

@@ -74,7 +74,7 @@ def plain(name: str, value: Tensor) -> Tensor:
 
 
 def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A 0-D tensor of the given dtype on the given device, differentiable where value is."""
+    """A 0-D tensor of the given dtype on the given device, differentiable where value is; inf beyond the dtype."""
     if isinstance(value, Tensor):
         if value.dtype.is_complex or value.dtype == torch.bool:
             raise TypeError(f"{name}: got a tensor of {value.dtype}; accepted is a real one")
@@ -86,7 +86,9 @@ def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -
     try:
         number = float(value)
     except OverflowError:  # an integer beyond float64
-        number = -math.inf if str(value).startswith("-") else math.inf
+        number = math.inf if value > 0 else -math.inf
+    if abs(number) > torch.finfo(dtype).max:
+        number = math.copysign(math.inf, number)
     return torch.full((), number, dtype=dtype, device=device)
 
 

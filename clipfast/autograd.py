@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from clipfast import arguments
+
 Save = Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]]
 
 
@@ -64,8 +66,11 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-            return gradients(ctx, EagerBackward.apply if differentiated else backward, gradient)
+            if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                function = EagerBackward.apply
+            else:
+                function = derivative if _watched((gradient, *ctx.saved_tensors)) else backward
+            return gradients(ctx, function, arguments.plain("the loss's gradient", gradient))
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:

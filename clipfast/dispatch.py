@@ -25,20 +25,28 @@ def get(name: str) -> ModuleType:
     for backend in BACKENDS:
         if name == backend.NAME:
             return backend
-    raise ValueError(f"backend: {name!r} is unknown; accepted are {', '.join(map(repr, ('auto', *names())))}")
+    raise _unknown("backend", name)
+
+
+def _unknown(source: str, name: str) -> ValueError:
+    accepted = ", ".join(map(repr, ("auto", *names())))
+    return ValueError(f"{source}: {name!r} is unknown; accepted are {accepted}")
 
 
 def select(problem: Problem, backend: str = "auto") -> str:
     """The name of the backend that computes `problem`.
 
-    `backend="auto"` asks the environment variable CLIPFAST_BACKEND, and where that is unset or "auto" takes the first
-    backend without a reason against itself. A backend that is named, in either way, never falls back to another.
+    `backend="auto"` asks the environment variable CLIPFAST_BACKEND, and where that is unset, empty or "auto" takes the
+    first backend without a reason against itself. A backend that is named, in either way, never falls back to another.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot run the problem; the text holds every reason.
     """
-    if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    source = "backend"
+    if backend == "auto" and (named := os.environ.get(ENVIRONMENT_VARIABLE)):
+        source, backend = ENVIRONMENT_VARIABLE, named
+    if backend not in ("auto", *names()):
+        raise _unknown(source, backend)
     chosen = BACKENDS if backend == "auto" else (get(backend),)
     refusals = []
     for candidate in chosen:
@@ -46,19 +54,31 @@ def select(problem: Problem, backend: str = "auto") -> str:
         if not reasons:
             return str(candidate.NAME)
         refusals += [f"{candidate.NAME}: {reason}" for reason in reasons]
-    raise ValueError(f"backend: {backend!r} cannot run this problem. " + "; ".join(refusals))
+    raise ValueError(f"{source}: {backend!r} cannot run this problem. " + "; ".join(refusals))
 
 
 def _reasons_against(candidate: ModuleType, problem: Problem, backend: str) -> tuple[str, ...]:
     """Why the candidate does not compute the problem; one that is named needs to be able to, and no more."""
-    reasons: tuple[str, ...] = candidate.unsupported_reasons(problem)
+    reasons = _unsupported_reasons(candidate, problem)
     return reasons if backend == candidate.NAME else reasons + candidate.reasons_against_auto(problem)
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, tuple[str, ...]]:
     """Every backend's name with its reasons not to run on `device`, best first; no reason means it can run."""
     problem = Problem(n=1, m=1, d=1, dtype=torch.float32, device=torch.device(device))
-    return {backend.NAME: backend.unsupported_reasons(problem) for backend in BACKENDS}
+
+    def reasons(backend: ModuleType) -> tuple[str, ...]:
+        try:
+            return _unsupported_reasons(backend, problem)
+        except ValueError as error:  # what the environment asks of it cannot be had, which a loss does not pass over
+            return (str(error),)
+
+    return {backend.NAME: reasons(backend) for backend in BACKENDS}
+
+
+def _unsupported_reasons(candidate: ModuleType, problem: Problem) -> tuple[str, ...]:
+    reasons: tuple[str, ...] = candidate.unsupported_reasons(problem)
+    return (*reasons, "a meta tensor holds no numbers") if problem.device.type == "meta" else reasons
 
 
 def refusals_before(chosen: str, problem: Problem) -> dict[str, tuple[str, ...]]:

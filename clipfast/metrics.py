@@ -55,6 +55,8 @@ def retrieval_metrics(
     Raises:
         TypeError, ValueError: an argument is not as stated, or no row has a match.
     """
+    if not isinstance(ks, Iterable):
+        raise TypeError(f"ks: got {arguments.type_name(ks)}; accepted is a sequence of integers from 1")
     cuts = [arguments.positive_integer("ks", k) for k in ks]
     arguments.flag("normalize", normalize)
     arguments.one_process(group, "retrieval")

@@ -126,14 +126,14 @@ def _weights(
         dbias = dbias + (weights.row_target * same[0]).sum() + (weights.col_target * same[1]).sum()
     if not smoothing:
         return weights, None, dbias
-    ignored: tuple[Tensor | int, Tensor | int] = same if same is not None and block.ignores else (0, 0)
+    lses = statistics.row_lse, statistics.col_lse
+    ignored = same if same is not None and block.ignores else tuple(torch.zeros_like(lse) for lse in lses)
+    # A column beyond the n matched ones has no share, and may have no pair that is not ignored.
     row_constant, col_constant = (
         torch.zeros_like(lse)
         if share is None
-        else pad((-smoothing * share).expand(n), (0, len(lse) - n)) / (length - count)
-        for lse, share, length, count in zip(
-            (statistics.row_lse, statistics.col_lse), shares, (m, n), ignored, strict=True
-        )
+        else pad((-smoothing * share).expand(n) / (length - count[:n]), (0, len(lse) - n))
+        for lse, share, length, count in zip(lses, shares, (m, n), ignored, strict=True)
     )
     dbias = dbias + (row_constant * (m - ignored[0])).sum() + (col_constant * (n - ignored[1])).sum()
     return weights, (row_constant, col_constant), dbias

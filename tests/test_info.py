@@ -64,13 +64,13 @@ def test_a_wrong_instruction_set_is_reported(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, "mmx")
     text = info.report()
     assert "; in use: error: CLIPFAST_CPU_ISA: got 'mmx'; accepted are" in text
-    assert "backends on cpu:\nerror: CLIPFAST_CPU_ISA: got 'mmx'" in text
+    assert "\n  cpu: CLIPFAST_CPU_ISA: got 'mmx'" in text
     assert "CLIPFAST_CPU_ISA=mmx" in text
 
 
 def test_a_wrong_backend_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fast")
-    assert "error: backend: 'fast' is unknown; accepted are 'auto'" in info.report()
+    assert "error: CLIPFAST_BACKEND: 'fast' is unknown; accepted are 'auto'" in info.report()
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
