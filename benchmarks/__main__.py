@@ -1,4 +1,4 @@
-"""`python -m benchmarks [run | gpu | report | memory | accuracy | options]`: measure, draw, put the figures into README.md."""
+"""`python -m benchmarks [run | gpu | report | memory | accuracy | options]`: measure, draw, fill README.md's tables."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ PLAIN = "contrastive_loss"
 
 
 def losses(n: int) -> dict[str, Loss]:
-    """By name as the table shows it. Ids are drawn from n, so that about a third of the rows have an equal one."""
+    """By name as the table shows it. Of the ids, drawn from n, 63% have an equal one."""
     generator = torch.Generator().manual_seed(n)
     ids = torch.randint(n, (n,), generator=generator)
     teacher = [t.detach() for t in next(inputs(Case("float32", n, WIDTH, 100.0), "cpu"))]
