@@ -1,4 +1,4 @@
-"""`python -m benchmarks [run | gpu | report | memory | accuracy | scaling]`: measure, draw, fill README.md."""
+"""`python -m benchmarks [run | gpu | report | memory | accuracy | options | scaling]`: measure, draw, report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import accuracy, compare, compile_report, environment, gpu, memory, report, scaling
+from benchmarks import (
+    accuracy,
+    compare,
+    compile_report,
+    environment,
+    gpu,
+    memory,
+    options as loss_options,
+    report,
+    scaling,
+)
 from benchmarks.cases import DTYPES, Case
 from benchmarks.run import Runner
 
@@ -66,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     errors.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     errors.add_argument("--out", type=Path, help=OUT)
     errors.set_defaults(call=lambda options: accuracy.main(options.device, options.out))
+    costs = commands.add_parser("options", help="what each option of the loss costs on the CPU, for README.md")
+    costs.add_argument("--out", type=Path, help=OUT)
+    costs.add_argument("--n", type=int, default=loss_options.BATCH_SIZE, help="default: %(default)s")
+    costs.set_defaults(call=lambda options: loss_options.main(options.out, options.n))
     compiled = commands.add_parser("compile-report", help="what every Triton configuration compiles to, without a GPU")
     compiled.add_argument("--architecture", nargs="+", default=list(compile_report.DEVICES), metavar="NAME")
     compiled.set_defaults(call=lambda options: compile_report.main(options.architecture))

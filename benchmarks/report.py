@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import accuracy, environment, memory
+from benchmarks import accuracy, environment, memory, options
 
 WIDTH, SCALE = 512, 14.3  # of the tables and the plots
 # Colour-blind safe (Okabe and Ito 2008); clipfast in the darkest two, thick.
@@ -25,7 +25,7 @@ def load() -> list[dict[str, Any]]:
         ValueError: one lacks the rows that README.md shows.
     """
     paths = sorted(environment.RESULTS.glob("*.json"))
-    others = ("accuracy-", "compile-", "memory-", "scaling-")
+    others = ("accuracy-", "compile-", "memory-", "options-", "scaling-")
     results = {path: json.loads(path.read_text()) for path in paths if not path.name.startswith(others)}
     for path, result in results.items():
         shown = {row["dtype"] for row in result["rows"] if (row["d"], row["scale"]) == (WIDTH, SCALE)}
@@ -130,6 +130,7 @@ def blocks() -> dict[str, str]:
     return {
         "accuracy": "\n\n".join(accuracy.table(result) for result in accuracy.load()),
         "memory": memory.table(memory.load()),
+        "options": "\n\n".join(options.table(result) for result in options.load()),
         "speed": "\n\n".join(speed_table(result) for result in load()),
     }
 

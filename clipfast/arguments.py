@@ -86,7 +86,7 @@ def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -
     try:
         number = float(value)
     except OverflowError:  # an integer beyond float64
-        number = math.inf if value > 0 else -math.inf
+        number = -math.inf if str(value).startswith("-") else math.inf
     if abs(number) > torch.finfo(dtype).max:
         number = math.copysign(math.inf, number)
     return torch.full((), number, dtype=dtype, device=device)

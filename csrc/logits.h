@@ -116,12 +116,12 @@ class Logits {
     using V = typename Tiles::V;
     using Operand = typename Tiles::Operand;
     static constexpr int W = Tiles::W, kRows = Tiles::kRows;
-    static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    static constexpr T kInfinity = std::numeric_limits<T>::infinity(), kLargest = std::numeric_limits<T>::max();
 
   public:
     explicit Logits(const Block& block)
         : d_(block.d()),
-          scale2_(T(block.scale * kLog2e)),
+          scale2_(T(std::clamp(block.scale * kLog2e, -double(kLargest), double(kLargest)))),
           scale2_rest_(T(block.scale * kLog2e - double(scale2_))),
           bias2_(T(block.bias * kLog2e)) {}
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import accuracy, baselines, compare, environment, gpu, memory, report, run
+import clipfast
+from benchmarks import accuracy, baselines, compare, environment, gpu, memory, options, report, run
 from benchmarks.__main__ import main
 from benchmarks.cases import DTYPES, Case, grid, inputs
 
@@ -148,6 +149,7 @@ def test_a_trial_leaves_committed_results_and_readme_alone(
     monkeypatch.setattr(torch, "get_num_threads", lambda: committed["threads"])
     monkeypatch.setattr(memory, "run", lambda: {"rows": []})
     monkeypatch.setattr(accuracy, "run", lambda device: {"rows": []})
+    monkeypatch.setattr(options, "measure", lambda n: {"rows": []})
 
     def contents(folder: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.glob("*.json")}
@@ -157,11 +159,12 @@ def test_a_trial_leaves_committed_results_and_readme_alone(
         main(["run", "--n", "64", "--d", "32", "--dtype", "float32", "--only", "clipfast torch"])
         main(["memory"])
         main(["accuracy"])
+        main(["options"])
     main(["report"])
     assert contents(environment.RESULTS) == before
     assert (tmp_path / "README.md").read_text() == readme
     speed = ["amd-epyc-2-threads-2.json", "amd-epyc-2-threads.json"]
-    names = speed + [f"{kind}-{name}" for kind in ("accuracy", "memory") for name in speed]
+    names = speed + [f"{kind}-{name}" for kind in ("accuracy", "memory", "options") for name in speed]
     assert set(contents(environment.RUNS)) == set(names)
 
     trials = [environment.RUNS / name for name in speed]
@@ -170,7 +173,7 @@ def test_a_trial_leaves_committed_results_and_readme_alone(
     assert "float32, d = 32, forward and backward" in printed
     assert all(path.with_suffix(".png").stat().st_size > 10_000 for path in trials)
     assert (tmp_path / "README.md").read_text() == readme
-    for command in (["run", "--n", "64"], ["memory"], ["accuracy"]):
+    for command in (["run", "--n", "64"], ["memory"], ["accuracy"], ["options"]):
         with pytest.raises(FileExistsError, match=r"--out: .*holds another run's result"):
             main([*command, "--out", str(trials[0])])
 
@@ -252,6 +255,23 @@ def test_errors_of_one_case(dtype: str) -> None:
     assert all(0 <= error < 1 for row in errors.values() for error in row.values())
     for name in ("loss", "dscale") if dtype != "float32" else ():
         assert errors["clipfast"][name] < errors["open_clip"][name] / 10
+
+
+def test_the_table_of_options_comes_from_the_result() -> None:
+    if reasons := clipfast.backends()["cpu"]:
+        pytest.skip("; ".join(reasons))
+    result = options.measure(n=64, rounds=2)
+    rows = {row["loss"]: row for row in result["rows"]}
+    assert list(rows) == list(options.losses(64))
+    plain = rows[options.PLAIN]
+    assert plain["ratio"] == 1
+    for row in rows.values():
+        assert row["ratio"] == pytest.approx(row["total"]["median"] / plain["total"]["median"])
+        assert row["products"] == pytest.approx(row["total"]["median"] / result["gemm"]["median"])
+    table = options.table(result)
+    assert f"| `siglip_loss` | {1e3 * rows['siglip_loss']['total']['median']:,.1f} |" in table
+    assert "n = 64, d = 512" in table
+    assert result["date"] in table
 
 
 def test_the_accuracy_table_comes_from_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""transformers' CLIPModel with its loss computed by clipfast: `patch()` before training, nothing else changes.
+"""The losses of transformers' CLIPModel and SiglipModel by clipfast: `patch()` before training, nothing else changes.
 
 `patch` replaces the forward of the classes in `MODELS`, for every model, made before or after:
 
-    reached        CLIPModel, ChineseCLIPModel, CLIPSegModel, MetaClip2Model, and subclasses that keep their forward
+    reached        CLIPModel, ChineseCLIPModel, CLIPSegModel and MetaClip2Model, with CLIP's loss, SiglipModel, with
+                   SigLIP's, and subclasses that keep their forward
     not reached    AltCLIP, BLIP, GroupViT, OWL-ViT, OWLv2, TIPSv2, VisionTextDualEncoder and X-CLIP, which have CLIP's
-                   loss in a forward of another form; ALIGN, FLAVA and SigLIP, which have another loss
+                   loss in a forward of another form; Siglip2Model; ALIGN and FLAVA, which have another loss
 
 What is not reached stays as transformers has it; `patch(model)` raises for a model that it does not reach.
 
@@ -41,20 +42,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipfast.modules import ContrastiveLoss
+from clipfast.functional import siglip_loss
+from clipfast.modules import ContrastiveLoss, SigLipLoss
 
 try:
     from transformers.utils.generic import can_return_tuple
 
-    # Classes whose forward takes get_image_features and get_text_features, normalizes both and multiplies them by
-    # exp(logit_scale), and the loss that stands for theirs.
-    MODELS: dict[type[Any], type[ContrastiveLoss]] = {
-        getattr(import_module(f"transformers.models.{folder}.modeling_{folder}"), name): ContrastiveLoss
-        for folder, name in (
-            ("clip", "CLIPModel"),
-            ("chinese_clip", "ChineseCLIPModel"),
-            ("clipseg", "CLIPSegModel"),
-            ("metaclip_2", "MetaClip2Model"),
+    # Classes whose forward takes get_image_features and get_text_features, normalizes both, multiplies them by
+    # exp(logit_scale) and, with SigLIP's loss, adds logit_bias; and the loss that stands for theirs.
+    MODELS: dict[type[Any], type[ContrastiveLoss | SigLipLoss]] = {
+        getattr(import_module(f"transformers.models.{folder}.modeling_{folder}"), name): loss
+        for folder, name, loss in (
+            ("clip", "CLIPModel", ContrastiveLoss),
+            ("chinese_clip", "ChineseCLIPModel", ContrastiveLoss),
+            ("clipseg", "CLIPSegModel", ContrastiveLoss),
+            ("metaclip_2", "MetaClip2Model", ContrastiveLoss),
+            ("siglip", "SiglipModel", SigLipLoss),
         )
     }
 except ImportError as error:
@@ -63,6 +66,7 @@ except ImportError as error:
     ) from error
 
 TRANSFORMERS_FORWARDS = {model: model.forward for model in MODELS}
+SIGLIP_OPTIONS = {name for takes in (SigLipLoss, siglip_loss) for name in inspect.signature(takes).parameters}
 
 
 def patch(model: nn.Module | None = None, **options: Any) -> None:
@@ -72,7 +76,8 @@ def patch(model: nn.Module | None = None, **options: Any) -> None:
 
     Args:
         model: one that the patch must reach, without a wrapper.
-        options: keyword options of `clipfast.ContrastiveLoss`, as backend or label_smoothing.
+        options: keyword options of `clipfast.ContrastiveLoss`, as backend or label_smoothing. SiglipModel takes those
+            that `clipfast.SigLipLoss` has too; the others mean nothing to it.
 
     Raises:
         TypeError: the patch does not reach the model, or an option is unknown.
@@ -81,9 +86,12 @@ def patch(model: nn.Module | None = None, **options: Any) -> None:
     if model is not None and type(model).forward not in {*TRANSFORMERS_FORWARDS.values(), *(m.forward for m in MODELS)}:
         reached = ", ".join(one.__name__ for one in MODELS)
         raise TypeError(f"model: the patch does not reach {type(model).__name__}; it reaches the forward of {reached}")
-    losses = {one: loss(**options) for one, loss in MODELS.items()}
-    for one, loss in losses.items():
-        one.forward = _forward(one, loss)
+    of_class: dict[type[Any], Any] = {
+        ContrastiveLoss: ContrastiveLoss(**options),
+        SigLipLoss: SigLipLoss(**{name: value for name, value in options.items() if name in SIGLIP_OPTIONS}),
+    }
+    for one, loss in MODELS.items():
+        one.forward = _forward(one, of_class[loss])
 
 
 def unpatch() -> None:
@@ -104,9 +112,11 @@ def patched(model: nn.Module | None = None, **options: Any) -> Iterator[None]:
             one.forward = forward
 
 
-def _forward(model: type[Any], loss: ContrastiveLoss) -> Callable[..., Any]:
+def _forward(model: type[Any], loss: ContrastiveLoss | SigLipLoss) -> Callable[..., Any]:
     """The forward of a class in `MODELS`, of its signature and return_logits, with `loss` in place of its own."""
     own = TRANSFORMERS_FORWARDS[model]
+    has_bias = isinstance(loss, SigLipLoss)
+    normalized = _normalized_as_siglip if has_bias else _normalized_as_clip
     output_class = getattr(import_module(model.__module__), model.__name__.removesuffix("Model") + "Output")
     signature = inspect.signature(own)
     this, *parameters, other_options = signature.parameters.values()
@@ -122,21 +132,24 @@ def _forward(model: type[Any], loss: ContrastiveLoss) -> Callable[..., Any]:
             getattr(self, method)(**{name: inputs[name] for name in taken[method]}, return_dict=True, **options)
             for method in methods
         )
-        image_embeds, text_embeds = (_normalized(output.pooler_output) for output in (image_output, text_output))
+        image_embeds, text_embeds = (normalized(output.pooler_output) for output in (image_output, text_output))
         if len(text_embeds) != len(image_embeds):
             raise ValueError(
                 f"input_ids: got {len(text_embeds)} texts for {len(image_embeds)} images; the loss takes pairs"
             )
         scale, columns = self.logit_scale.exp(), image_embeds.to(text_embeds.device)
+        bias = self.logit_bias if has_bias else None
         if return_logits:
             logits = torch.matmul(text_embeds, columns.t()) * scale.to(text_embeds.device)
+            logits = logits if bias is None else logits + bias.to(text_embeds.device)
         elif return_logits is None:
             with torch.no_grad():
                 logits = torch.matmul(text_embeds, columns.t()).mul_(scale.to(text_embeds.device))
+                logits = logits if bias is None else logits.add_(bias.to(text_embeds.device))
         else:
             logits = text_embeds.new_empty(len(text_embeds), 0)
         return output_class(
-            loss=loss(text_embeds, columns, scale),
+            loss=loss(text_embeds, columns, scale, bias),
             logits_per_image=logits if return_logits is False else logits.t(),
             logits_per_text=logits,
             text_embeds=text_embeds,
@@ -165,6 +178,12 @@ def _forward(model: type[Any], loss: ContrastiveLoss) -> Callable[..., Any]:
     return forward
 
 
-def _normalized(features: Tensor) -> Tensor:  # [n, d] -> [n, d]
+def _normalized_as_clip(features: Tensor) -> Tensor:  # [n, d] -> [n, d]
     """Rows of length 1, by the operations of transformers' CLIPModel, whose output they are part of."""
     return features / features.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
+
+
+def _normalized_as_siglip(features: Tensor) -> Tensor:  # [n, d] -> [n, d]
+    """The same by those of SiglipModel."""
+    length: Tensor = features.norm(p=2, dim=-1, keepdim=True)
+    return features / length
