@@ -135,7 +135,8 @@ void bind_passes(py::module_& module) {
     module.def("backward", [](const std::string& isa, const Block& block, const Weights& weights, const Gradients& out,
                               int threads) {
         const Kernels& kernels = kernels_named(isa);
-        return run(block, threads, [&](const Execution& with) { return kernels.backward(block, with, weights, out).dscale; });
+        return run(block, threads,
+                   [&](const Execution& with) { return kernels.backward(block, with, weights, out).dscale; });
     });
     module.def("sigmoid", [](const std::string& isa, const Block& block, double unit, Address row_loss,
                              const std::optional<Gradients>& out, int threads) {
@@ -145,20 +146,23 @@ void bind_passes(py::module_& module) {
         });
         return py::make_tuple(scalars.dscale, scalars.dbias);
     });
-    module.def("distillation", [](const std::string& isa, const Block& block, const Weights& weights, const Block& teacher,
-                                  const Weights& teacher_weights, const Crosses& crosses,
+    module.def("distillation", [](const std::string& isa, const Block& block, const Weights& weights,
+                                  const Block& teacher, const Weights& teacher_weights, const Crosses& crosses,
                                   const std::optional<Gradients>& out, int threads) {
         const Kernels& kernels = kernels_named(isa);
         if (teacher.dtype != block.dtype || teacher.n() != block.n() || teacher.m() != block.m())
             throw std::invalid_argument("teacher: has another dtype, n or m than the block");
         return run(block, threads, [&](const Execution& with) {
-            return kernels.distillation(block, with, weights, teacher, teacher_weights, crosses, out.value_or(Gradients{})).dscale;
+            const Gradients gradients = out.value_or(Gradients{});
+            return kernels.distillation(block, with, weights, teacher, teacher_weights, crosses, gradients).dscale;
         });
     });
-    module.def("workspace_bytes", [](const std::string& isa, const Block& block, bool ranks, bool sigmoid, bool distillation,
-                                     int threads) {
-        return kernels_named(isa).workspace_bytes(block, {threads}, {ranks, sigmoid, distillation});
-    }, "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "sigmoid"_a = false, "distillation"_a = false, "threads"_a);
+    module.def(
+        "workspace_bytes",
+        [](const std::string& isa, const Block& block, bool ranks, bool sigmoid, bool distillation, int threads) {
+            return kernels_named(isa).workspace_bytes(block, {threads}, {ranks, sigmoid, distillation});
+        },
+        "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "sigmoid"_a = false, "distillation"_a = false, "threads"_a);
 }
 
 void bind_cross_entropy(py::module_& module) {

@@ -146,9 +146,8 @@ struct Entry {
 
     static constexpr Kernels kernels(const char* name, bool (*available)()) {
         using P = Passes<Entry>;
-        return {name,           available,          P::forward, P::matches,
-                P::backward,    P::sigmoid,         P::distillation, P::workspace_bytes,
-                exp2_all,       softplus_and_sigmoid_all};
+        return {name,          available,       P::forward,         P::matches, P::backward,
+                P::sigmoid,    P::distillation, P::workspace_bytes, exp2_all,   softplus_and_sigmoid_all};
     }
 };
 

@@ -22,7 +22,8 @@ constexpr double kLn2 = 0.69314718055994530942;
 template <class T>
 constexpr T kMaxSpread = std::is_same_v<T, float> ? T(100) : T(900);
 
-// A group of logits in log2 units, [rows][kWidth] at s, of which `cols` columns count. Rows up to a multiple of kRows may be written.
+// A group of logits in log2 units, [rows][kWidth] at s, of which `cols` columns count. Rows up to a multiple of kRows may
+// be written.
 template <class Tiles, int NV>
 struct Group {
     using T = typename Tiles::Compute;

@@ -17,6 +17,14 @@ constexpr index_t kGroup = 64;  // rows of a group of logits
 constexpr index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
 constexpr index_t round_up(index_t a, index_t b) { return ceil_div(a, b) * b; }
 
+// The place of an element in an array of several dimensions: Index(i).in(J, j).in(K, k) is that of [i][j][k] in [][J][K].
+struct Index {
+    index_t at;
+    constexpr explicit Index(index_t i) : at(i) {}
+    constexpr Index in(index_t size, index_t i) const { return Index(at * size + i); }
+    constexpr operator index_t() const { return at; }
+};
+
 // A tile of kRows_ rows by kVectors_ vectors.
 template <class T, int W_, int kVectors_, int kRows_>
 struct TileShape : Lanes<T, W_> {
