@@ -1,4 +1,4 @@
-"""The compiled passes by themselves: what they hold (trap 27), that they end when asked (trap 26), and what they refuse."""
+"""The compiled passes: what they hold (trap 27), that they end when asked (trap 26), what they refuse."""
 
 from __future__ import annotations
 
