@@ -23,7 +23,7 @@ test-triton: $(VENV)/test-triton.stamp
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks run
-	$(BIN)/python -m benchmarks report
+	$(BIN)/python -m benchmarks report runs/benchmarks/*.json
 
 lint: $(VENV)/dev.stamp
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files

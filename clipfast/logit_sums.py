@@ -25,8 +25,8 @@ class Sums(NamedTuple):
 
 def logit_sums(block: Block) -> tuple[Sums, Sums]:
     """Of the block's rows and of its columns. The block has no factors."""
-    side, other = _Side.of(block), _Side.of(block).swapped()
-    return side.sums(block), other.sums(block)
+    side = _Side.of(block)
+    return side.sums(block), side.swapped().sums(block)
 
 
 def same_counts(block: Block) -> tuple[Tensor, Tensor]:  # [n], [m]

@@ -276,7 +276,7 @@ def test_distillation(backend: str, dtype: torch.dtype, n: int, m: int, teacher_
     dense = with_teacher(reference.distillation_loss)
     assert_three_way(
         *features("trained", n, m, 40, dtype), 14.3, backend=backend, formula=dense, exact_formula=dense,
-        loss_fn=with_teacher(clipfast.distillation_loss),
+        loss_fn=with_teacher(clipfast.distillation_loss), gradient_sum=4.0,  # two softmaxes more
     )  # fmt: skip
 
 

@@ -101,4 +101,4 @@ def test_a_checkout_without_extension_names_the_build_that_is_installed(tmp_path
     assert "_cpu.cpython-38-x86_64-linux-gnu.so there is for another Python" in fake_import(checkout)
     broken = checkout / "clipfast" / f"_cpu{EXTENSION_SUFFIXES[0]}"
     broken.write_bytes(b"no library")
-    assert f"clipfast._cpu does not load from {broken.parent}: " in fake_import(checkout)
+    assert f"clipfast._cpu is missing: it does not load from {broken.parent}: " in fake_import(checkout)

@@ -31,7 +31,7 @@ def _why_missing(error: ImportError) -> str:
     """What is wrong, as the files say; Python's own text takes a missing extension for a circular import."""
     folder = Path(__file__).parents[1]
     if any(Path(folder, f"_cpu{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-        why = f"does not load from {folder}: {error}"
+        why = f"is missing: it does not load from {folder}: {error}"
     elif others := sorted(path.name for path in folder.glob("_cpu.*")):
         why = f"is missing from {folder}, where clipfast was imported from: {others[0]} there is for another Python"
     else:
@@ -40,7 +40,7 @@ def _why_missing(error: ImportError) -> str:
     if builds:
         why += f"; a build is installed in {min(builds)}: start Python outside of {folder.parent} to import that one"
     return (
-        f"the compiled extension clipfast._cpu {why}; or reinstall with a C++17 compiler on the machine: pip install "
+        f"the compiled extension clipfast._cpu {why}; or reinstall it with a C++17 compiler there: pip install "
         "--no-cache-dir --force-reinstall --no-deps . (-e . to import from the source tree), for pip keeps a wheel "
         "that was built without a compiler and takes it for one that was built with it"
     )

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidPass, Statistics, Weights
 from clipfast.problem import (
+    DISTILLATION,
     HALF_DTYPES,
+    IDS,
+    RANKS,
     Problem,
     accumulation_dtype,
     positive_rows,
@@ -22,6 +25,8 @@ from clipfast.problem import (
 NAME = "torch"
 
 CHUNK_BYTES = 16 << 20  # of logits; about two such chunks are alive at a time
+
+SOFTPLUS_THRESHOLD = 40.0  # beyond it log(1 + e^z) is z in float64, too
 
 FLOAT16_UNIT = 2.0**-14  # a sigmoid in this unit stays clear of float16's subnormal numbers
 
@@ -40,10 +45,16 @@ def folds_norms(dtype: torch.dtype) -> bool:
 
 def workspace_bytes(problem: Problem) -> int:
     itemsize = accumulation_dtype(problem.dtype).itemsize
-    chunks = 2 * min(problem.n, _chunk_rows(problem.m, itemsize)) * problem.m * itemsize
-    converted = problem.m * problem.d * itemsize if _operand_dtype(problem) != problem.dtype else 0
-    gradients = (problem.n + problem.m) * problem.d * itemsize if problem.dtype in HALF_DTYPES else 0
-    return chunks + converted + gradients
+    rows = min(problem.n, _chunk_rows(problem.m, itemsize))
+    copies = 5 if DISTILLATION in problem.needs else 2
+    masks = 2 * (IDS in problem.needs) + 2 * (RANKS in problem.needs)  # bytes for a logit
+    converted = itemsize if _operand_dtype(problem) != problem.dtype else 0
+    # The columns' totals of a half-precision gradient, and what a chunk adds to its rows.
+    gradients = (
+        (problem.m + rows) * problem.d * itemsize if problem.dtype in HALF_DTYPES else rows * problem.d * itemsize
+    )
+    operands = (problem.m + rows) * problem.d * converted
+    return rows * problem.m * (copies * itemsize + masks) + operands + gradients + 24 * (problem.n + problem.m)
 
 
 def forward(block: Block, matches: Matches | None = None) -> Statistics:
@@ -111,11 +122,13 @@ def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
         if same is not None and block.ignores:
             g.masked_fill_(same, 0)
         elif same is not None and row_target is not None and col_target is not None:
-            g += torch.where(same, row_target[part, None] + col_target, 0)
+            target = row_target[part, None] + col_target
+            g += target.masked_fill_(same.logical_not_(), 0)
+            del target
         own, diagonal = _positives(g, rows.diag_offset)
         diagonal.copy_(positive_weight[part][own])
         sums.add(part, rows, g)
-        del g, diagonal  # or the next two chunks would stand beside one of these
+        del g, same, diagonal  # or the next two chunks would stand beside one of these
     return sums.gradients()
 
 
@@ -129,23 +142,22 @@ def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> S
     for part, rows in _chunks(block):
         logits, same = _logits(rows), _same(rows)
         # As if every pair were a negative: the positives' logits change their sign, and their part of G after that.
-        _, diagonal = _positives(logits, rows.diag_offset)
-        diagonal.neg_()
-        if same is not None and block.adds_positives:
-            logits = torch.where(same, -logits, logits)
+        sign = None if same is None or block.ignores else same.to(torch.int8).mul_(-2).add_(1)
+        _positives(logits, rows.diag_offset)[1].neg_()
+        if sign is not None:
+            logits.mul_(sign)
         elif same is not None:
             logits.masked_fill_(same, -torch.inf)
-        row_loss[part] = logsigmoid(-logits).sum(dim=1, dtype=row_loss.dtype).neg_()
+        row_loss[part] = softplus(logits, threshold=SOFTPLUS_THRESHOLD).sum(dim=1, dtype=row_loss.dtype)
         if sums is None:
             continue
         g = logits.sigmoid_()
-        _, diagonal = _positives(g, rows.diag_offset)
-        diagonal.neg_()
-        if same is not None and block.adds_positives:
-            g = torch.where(same, -g, g)
+        _positives(g, rows.diag_offset)[1].neg_()
+        if sign is not None:
+            g.mul_(sign)
         dbias += g.sum(dtype=row_loss.dtype)
         sums.add(part, rows, g.div_(in_unit))
-        del logits, g, diagonal  # see above
+        del logits, same, sign, g  # as in backward
     if sums is None:
         return SigmoidPass(row_loss, None, None)
     return SigmoidPass(row_loss, sums.gradients(), dbias * unit)
@@ -167,15 +179,16 @@ def distillation(
     sums = _GradientSums(block, dtype, unit) if gradients else None
     for part, rows in _chunks(block):
         logits, of_teacher = _logits(rows), _logits(teacher.rows(part))
-        by_row = _exponentials(of_teacher, t_row_lse[part, None], t_row_weight[part, None])
-        row_cross[part] = (by_row * logits).sum(dim=1, dtype=statistics)
-        by_col = _exponentials(of_teacher, t_col_lse, t_col_weight)
-        col_cross += (by_col * logits).sum(dim=0, dtype=statistics)
-        if sums is None:
-            continue
-        g = _exponentials(logits, row_lse[part, None], row_weight[part, None]) - by_row
-        g += _exponentials(logits, col_lse, col_weight) - by_col
-        sums.add(part, rows, g)
+        by_teacher = _exponentials(of_teacher, t_row_lse[part, None], t_row_weight[part, None])
+        row_cross[part] = (by_teacher * logits).sum(dim=1, dtype=statistics)
+        if sums is not None:
+            g = _exponentials(logits, row_lse[part, None], row_weight[part, None]).sub_(by_teacher)
+        by_teacher = of_teacher.sub_(t_col_lse).exp_().mul_(t_col_weight)
+        col_cross += (by_teacher * logits).sum(dim=0, dtype=statistics)
+        if sums is not None:
+            sums.add(part, rows, g.sub_(by_teacher).add_(logits.sub_(col_lse).exp_().mul_(col_weight)))
+            del g
+        del logits, of_teacher, by_teacher
     row_cross, col_cross = (
         torch.where(weight == 0, 0, cross * unit / weight)
         for cross, weight in ((row_cross, teacher_weights.row_weight), (col_cross, teacher_weights.col_weight))
