@@ -1,5 +1,5 @@
-// clipfast._cpu: addresses, strides and scalars in, nothing computed here. Arguments are checked by the Python side, but for
-// what would end the process.
+// clipfast._cpu: addresses, strides and scalars in, nothing computed here. Arguments are checked by the Python side,
+// but for what would end the process.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -98,8 +98,8 @@ void bind_nouns(py::module_& module) {
     py::class_<Matrix>(module, "Matrix")
         .def(py::init(&make_matrix), "data"_a, "rows"_a, "cols"_a, "row_stride"_a, "col_stride"_a);
     py::class_<Block>(module, "Block")
-        .def(py::init(&make_block), py::kw_only(), "dtype"_a, "product"_a, "x"_a, "y"_a, "scale"_a = 1.0, "bias"_a = 0.0,
-             "diag_offset"_a = 0, "row_ids"_a = 0, "col_ids"_a = 0, "ignores_same_ids"_a = true);
+        .def(py::init(&make_block), py::kw_only(), "dtype"_a, "product"_a, "x"_a, "y"_a, "scale"_a = 1.0,
+             "bias"_a = 0.0, "diag_offset"_a = 0, "row_ids"_a = 0, "col_ids"_a = 0, "ignores_same_ids"_a = true);
     py::class_<Matches>(module, "Matches").def(py::init([](Address rows, Address cols) {
         return Matches{pointer<double>(rows), pointer<double>(cols)};
     }), "rows"_a = 0, "cols"_a = 0);
@@ -162,12 +162,14 @@ void bind_passes(py::module_& module) {
         [](const std::string& isa, const Block& block, bool ranks, bool sigmoid, bool distillation, int threads) {
             return kernels_named(isa).workspace_bytes(block, {threads}, {ranks, sigmoid, distillation});
         },
-        "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "sigmoid"_a = false, "distillation"_a = false, "threads"_a);
+        "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "sigmoid"_a = false, "distillation"_a = false,
+        "threads"_a);
 }
 
 void bind_cross_entropy(py::module_& module) {
     module.def("symmetric_cross_entropy", [](Address row_lse, Address col_lse, Address positive, index_t n) {
-        return symmetric_cross_entropy(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive), n);
+        return symmetric_cross_entropy(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
+                                       n);
     });
     module.def("symmetric_cross_entropy_weights", [](Address row_lse, Address col_lse, Address positive, index_t n,
                                                      index_t m, double gradient, Address row_weight,
@@ -184,7 +186,8 @@ PYBIND11_MODULE(_cpu, module) {
     module.doc() = "clipfast's compiled CPU kernels";
     module.def("instruction_sets", [] {
         py::list names;
-        for (const Kernels& kernels : instruction_sets()) names.append(py::make_tuple(kernels.name, kernels.available()));
+        for (const Kernels& kernels : instruction_sets())
+            names.append(py::make_tuple(kernels.name, kernels.available()));
         return names;
     });
     bind_nouns(module);

@@ -1,12 +1,13 @@
 // Products of bfloat16 in units that add up pairs: an operand is a pair of terms, 32 bits. What Tile (tiles.h) is for
 // products in the compute type. Included once per instruction set, all of which have AVX-512 with bfloat16.
 //
-// kParts = 1: features and G are rounded to bfloat16 (a bfloat16 feature is itself). kParts = 2: a float32 is the sum of
-// two bfloat16, high + low, up to 2^-17 of it, and a product is high high + high low + low high; low low is as small.
+// kParts = 1: features and G are rounded to bfloat16 (a bfloat16 feature is itself). kParts = 2: a float32 is the sum
+// of two bfloat16, high + low, up to 2^-17 of it, and a product is high high + high low + low high; low low is as
+// small.
 //
-// A left operand has its pairs along the row, in runs of 16 or more, so that a matrix unit can load 16 rows by 16 pairs;
-// a right operand is [pair][column]. Both are padded with zeros to whole runs. A chunk holds G twice, its pairs along the
-// rows and along the columns: as many bytes as once in float32.
+// A left operand has its pairs along the row, in runs of 16 or more, so that a matrix unit can load 16 rows by 16
+// pairs; a right operand is [pair][column]. Both are padded with zeros to whole runs. A chunk holds G twice, its pairs
+// along the rows and along the columns: as many bytes as once in float32.
 #pragma once
 
 #include "tiles.h"
@@ -17,8 +18,8 @@ namespace {
 using Halves = Vector<std::uint16_t, 16>;
 using Pairs = Vector<std::uint32_t, 16>;
 
-// Isa says kPairVectors and kPairRows, the tile; Session, what a thread must have while it multiplies; round, of vectors;
-// and how the tile's sums begin (clear), grow (add) and are read (finish).
+// Isa says kPairVectors and kPairRows, the tile; Session, what a thread must have while it multiplies; round, of
+// vectors; and how the tile's sums begin (clear), grow (add) and are read (finish).
 template <class Isa, int kParts_>
 struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
     using Shape = TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows>;
@@ -37,7 +38,8 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
     static index_t depth(index_t) { return kDepth; }
 
     template <int NV, class Visit>
-    static CLIPFAST_INLINE void multiply_rows(index_t d, const Operand* left, const Operand* right, const Visit& visit) {
+    static CLIPFAST_INLINE void multiply_rows(index_t d, const Operand* left, const Operand* right,
+                                              const Visit& visit) {
         const index_t count = pairs(d);
         multiply<NV, kRun>(count / kRun, kRun, left, kRun * kRows, count * kRows, right, count * NV * W, visit);
     }
@@ -62,7 +64,8 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
                 for (int v = 0; v < NV; ++v) {
                     Pairs block[W];
                     for (index_t l = 0; l < W; ++l)
-                        block[l] = v * W + l < rows ? load_pairs<part.value, Element>(y, row + v * W + l, 2 * k) : Pairs{};
+                        block[l] = v * W + l < rows ? load_pairs<part.value, Element>(y, row + v * W + l, 2 * k)
+                                                    : Pairs{};
                     transpose<W>(block);
                     for (int l = 0; l < W; ++l) store_vector(out + l * NV * W + v * W, block[l]);
                 }
@@ -119,8 +122,9 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
         void add_cols(index_t col, index_t k, index_t terms, const Operand* x, index_t capacity, float* c, index_t ldc,
                       index_t rows, index_t cols) const {
             const Operand* g = by_cols_ + at_col(col / kWidth, 0, k, col % kWidth);
-            add_product<NV, kGroup / 2>(ceil_div(terms, kGroup), kGroup / 2, g, at_col(0, 0, kGroup, 0), at_col(0, 1, 0, 0),
-                                        x + k / 2 * NV * W, capacity / 2 * NV * W, c, ldc, rows, cols);
+            add_product<NV, kGroup / 2>(ceil_div(terms, kGroup), kGroup / 2, g, at_col(0, 0, kGroup, 0),
+                                        at_col(0, 1, 0, 0), x + k / 2 * NV * W, capacity / 2 * NV * W, c, ldc, rows,
+                                        cols);
         }
 
       private:
@@ -167,8 +171,8 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
         if constexpr (kParts == 2) visit(std::integral_constant<int, 1>{});
     }
 
-    // The high part is the number itself, which is rounded later; the low part is what that rounding takes away, nothing
-    // where the high part is infinite or NaN.
+    // The high part is the number itself, which is rounded later; the low part is what that rounding takes away,
+    // nothing where the high part is infinite or NaN.
     template <int part>
     static CLIPFAST_INLINE V part_of(V v) {
         if constexpr (part == 0) {
