@@ -48,6 +48,7 @@ WIDTHS = (512, 101)  # d with aligned rows, and without, where pointers take the
 ROWS = 512
 
 # What else a kernel's code depends on, or which other kernel runs with its configuration.
+PLAIN_KERNELS = ("statistics", "gradient", "accumulate")
 OPTIONS = {
     "statistics": ("",),
     "ranks": (IGNORE, "ranks", "ranks and ids", "matches and ids"),
@@ -92,14 +93,15 @@ class Compiled:
     fault: str  # why it may not ship; empty if it may
 
 
-def cases(architectures: Sequence[str] = tuple(DEVICES)) -> list[Case]:
+def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) -> list[Case]:
     """Every shipped configuration, in bfloat16 with and without norms or both kinds of float32, for all rows it takes.
 
     Rows that are not aligned come with norms alone, which add to what is held; so do options, with those rows if taken.
+    `plain`: of the plain softmax's kernels alone, and without options.
     """
     found = []
     for config in tuning.CONFIGS:
-        if config.architecture not in architectures:
+        if config.architecture not in architectures or (plain and config.kernel not in PLAIN_KERNELS):
             continue
         any_rows = not (config.tma or config.aligned)
         plain, *options = OPTIONS[config.kernel]
@@ -111,7 +113,8 @@ def cases(architectures: Sequence[str] = tuple(DEVICES)) -> list[Case]:
             kinds = [(torch.float32, "ieee"), (torch.float32, "tf32")]
             widths = WIDTHS if any_rows else WIDTHS[:1]
             found += [Case(config, *kind, d=d, option=plain) for d in widths for kind in kinds]
-        found += [Case(config, *kind, True, WIDTHS[any_rows], option) for option in options for kind in kinds]
+        if not plain:
+            found += [Case(config, *kind, True, WIDTHS[any_rows], option) for option in options for kind in kinds]
     return found
 
 
@@ -234,7 +237,7 @@ def _amd_resources(kernel: Any) -> tuple[int, int, str]:
     return registers, stack, assembly
 
 
-def main(architectures: Sequence[str]) -> None:
+def main(architectures: Sequence[str], plain: bool = False) -> None:
     """Print a line for each case.
 
     Raises:
@@ -244,7 +247,7 @@ def main(architectures: Sequence[str]) -> None:
         raise SystemExit("triton is not installed: pip install clipfast[triton]")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise SystemExit("TRITON_INTERPRET is set, so that nothing is compiled: unset it")
-    chosen = cases(architectures)
+    chosen = cases(architectures, plain)
     tqdm.write(f"triton {metadata.version('triton')}; registers and stack bytes per thread, shared bytes per program")
     tqdm.write(f"{'case':68} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'matrix':>6}")
     faults = 0

@@ -1,5 +1,5 @@
-// AMX with bfloat16: eight registers of 16 rows by 64 bytes. One instruction adds the products of 16 rows by 16 pairs and
-// 16 pairs by 16 columns to 16 by 16 float32 sums, in 16 cycles; a load of a register takes 8 (Intel 64 and IA-32
+// AMX with bfloat16: eight registers of 16 rows by 64 bytes. One instruction adds the products of 16 rows by 16 pairs
+// and 16 pairs by 16 columns to 16 by 16 float32 sums, in 16 cycles; a load of a register takes 8 (Intel 64 and IA-32
 // architectures optimization reference manual, chapter on AMX). Tested on emulated registers; not measured yet.
 //
 // Tile: 32 rows by 32 columns: 4 registers of sums, 2 of A and 2 of B. 4 products take 64 cycles, their 4 loads 32.

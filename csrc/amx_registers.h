@@ -1,5 +1,5 @@
-// A thread's AMX registers, configured while an object lives. With CLIPFAST_EMULATE_AMX they are arrays in memory, so that
-// amx.cpp can be tested on a processor without them.
+// A thread's AMX registers, configured while an object lives. With CLIPFAST_EMULATE_AMX they are arrays in memory, so
+// that amx.cpp can be tested on a processor without them.
 #pragma once
 
 #include "simd.h"
@@ -12,8 +12,8 @@ namespace {
 class AmxRegisters {
   public:
     AmxRegisters() {
-        // Intel 64 and IA-32 architectures software developer's manual, TILECFG: palette 1 has 8 registers of up to 16 rows
-        // of 64 bytes.
+        // Intel 64 and IA-32 architectures software developer's manual, TILECFG: palette 1 has 8 registers of up to 16
+        // rows of 64 bytes.
         alignas(64) struct {
             std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
             std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

@@ -1,7 +1,8 @@
 // AVX2 and FMA: 16 registers of 256 bits, two fused multiply-adds per cycle, two loads.
 //
 // Tile in registers: 4 rows by 3 vectors of 8 float32 (4 float64): 12 sums, 3 vectors of B, 1 of A = 16 registers.
-// 12 multiply-adds take 6 cycles and need 7 loads of the 12 that fit; 10 independent sums hide their latency of 4-5 cycles.
+// 12 multiply-adds take 6 cycles and need 7 loads of the 12 that fit; 10 independent sums hide their latency of 4-5
+// cycles.
 
 #include "instruction_sets.h"
 

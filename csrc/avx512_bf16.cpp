@@ -1,5 +1,5 @@
-// AVX-512 with bfloat16: what avx512.cpp does, but products of bfloat16 by an instruction that adds two to each of 16 sums,
-// at the rate of multiply-adds, so twice their work. Real float32 is faster than three such products.
+// AVX-512 with bfloat16: what avx512.cpp does, but products of bfloat16 by an instruction that adds two to each of 16
+// sums, at the rate of multiply-adds, so twice their work. Real float32 is faster than three such products.
 //
 // Tile in registers as there: 8 rows by 3 vectors of 16 sums.
 

@@ -1,5 +1,5 @@
-// clipfast._cpu: addresses, strides and scalars in, nothing computed here. Arguments are checked by the Python side, but for
-// what would end the process.
+// clipfast._cpu: addresses, strides and scalars in, nothing computed here. Arguments are checked by the Python side,
+// but for what would end the process.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -98,8 +98,8 @@ void bind_nouns(py::module_& module) {
     py::class_<Matrix>(module, "Matrix")
         .def(py::init(&make_matrix), "data"_a, "rows"_a, "cols"_a, "row_stride"_a, "col_stride"_a);
     py::class_<Block>(module, "Block")
-        .def(py::init(&make_block), py::kw_only(), "dtype"_a, "product"_a, "x"_a, "y"_a, "scale"_a = 1.0, "bias"_a = 0.0,
-             "diag_offset"_a = 0, "row_ids"_a = 0, "col_ids"_a = 0, "ignores_same_ids"_a = true);
+        .def(py::init(&make_block), py::kw_only(), "dtype"_a, "product"_a, "x"_a, "y"_a, "scale"_a = 1.0,
+             "bias"_a = 0.0, "diag_offset"_a = 0, "row_ids"_a = 0, "col_ids"_a = 0, "ignores_same_ids"_a = true);
     py::class_<Matches>(module, "Matches").def(py::init([](Address rows, Address cols) {
         return Matches{pointer<double>(rows), pointer<double>(cols)};
     }), "rows"_a = 0, "cols"_a = 0);
@@ -135,7 +135,8 @@ void bind_passes(py::module_& module) {
     module.def("backward", [](const std::string& isa, const Block& block, const Weights& weights, const Gradients& out,
                               int threads) {
         const Kernels& kernels = kernels_named(isa);
-        return run(block, threads, [&](const Execution& with) { return kernels.backward(block, with, weights, out).dscale; });
+        return run(block, threads,
+                   [&](const Execution& with) { return kernels.backward(block, with, weights, out).dscale; });
     });
     module.def("sigmoid", [](const std::string& isa, const Block& block, double unit, Address row_loss,
                              const std::optional<Gradients>& out, int threads) {
@@ -145,25 +146,30 @@ void bind_passes(py::module_& module) {
         });
         return py::make_tuple(scalars.dscale, scalars.dbias);
     });
-    module.def("distillation", [](const std::string& isa, const Block& block, const Weights& weights, const Block& teacher,
-                                  const Weights& teacher_weights, const Crosses& crosses,
+    module.def("distillation", [](const std::string& isa, const Block& block, const Weights& weights,
+                                  const Block& teacher, const Weights& teacher_weights, const Crosses& crosses,
                                   const std::optional<Gradients>& out, int threads) {
         const Kernels& kernels = kernels_named(isa);
         if (teacher.dtype != block.dtype || teacher.n() != block.n() || teacher.m() != block.m())
             throw std::invalid_argument("teacher: has another dtype, n or m than the block");
         return run(block, threads, [&](const Execution& with) {
-            return kernels.distillation(block, with, weights, teacher, teacher_weights, crosses, out.value_or(Gradients{})).dscale;
+            const Gradients gradients = out.value_or(Gradients{});
+            return kernels.distillation(block, with, weights, teacher, teacher_weights, crosses, gradients).dscale;
         });
     });
-    module.def("workspace_bytes", [](const std::string& isa, const Block& block, bool ranks, bool sigmoid, bool distillation,
-                                     int threads) {
-        return kernels_named(isa).workspace_bytes(block, {threads}, {ranks, sigmoid, distillation});
-    }, "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "sigmoid"_a = false, "distillation"_a = false, "threads"_a);
+    module.def(
+        "workspace_bytes",
+        [](const std::string& isa, const Block& block, bool ranks, bool sigmoid, bool distillation, int threads) {
+            return kernels_named(isa).workspace_bytes(block, {threads}, {ranks, sigmoid, distillation});
+        },
+        "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "sigmoid"_a = false, "distillation"_a = false,
+        "threads"_a);
 }
 
 void bind_cross_entropy(py::module_& module) {
     module.def("symmetric_cross_entropy", [](Address row_lse, Address col_lse, Address positive, index_t n) {
-        return symmetric_cross_entropy(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive), n);
+        return symmetric_cross_entropy(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
+                                       n);
     });
     module.def("symmetric_cross_entropy_weights", [](Address row_lse, Address col_lse, Address positive, index_t n,
                                                      index_t m, double gradient, Address row_weight,
@@ -180,7 +186,8 @@ PYBIND11_MODULE(_cpu, module) {
     module.doc() = "clipfast's compiled CPU kernels";
     module.def("instruction_sets", [] {
         py::list names;
-        for (const Kernels& kernels : instruction_sets()) names.append(py::make_tuple(kernels.name, kernels.available()));
+        for (const Kernels& kernels : instruction_sets())
+            names.append(py::make_tuple(kernels.name, kernels.available()));
         return names;
     });
     bind_nouns(module);

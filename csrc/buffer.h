@@ -17,9 +17,11 @@ struct OutOfMemory : std::bad_alloc {
     index_t bytes;
 };
 
-// One allocation for all that a pass needs: the allocator keeps one block for the next call, several it would give back.
+// One allocation for all that a pass needs: the allocator keeps one block for the next call, several it would give
+// back.
 //
-// place(buffer) takes the parts. It is called twice, first to count them, so what a pass holds is what it says it holds.
+// place(buffer) takes the parts. It is called twice, first to count them, so what a pass holds is what it says it
+// holds.
 class Buffer {
   public:
     template <class Place>

@@ -1,8 +1,8 @@
 // How a block of logits is divided, and a block's rows packed for the product x y^T, a chunk at a time.
 //
-// The logits go in chunks, a chunk in panels of kWidth columns, a panel in groups of up to kGroup rows. A task forms the
-// groups of a few panels and rows; its left operand stays in the second-level cache (kBlockBytes), so that what it reads
-// from beyond is a small part of what it computes.
+// The logits go in chunks, a chunk in panels of kWidth columns, a panel in groups of up to kGroup rows. A task forms
+// the groups of a few panels and rows; its left operand stays in the second-level cache (kBlockBytes), so that what it
+// reads from beyond is a small part of what it computes.
 //
 // Included once per instruction set.
 #pragma once

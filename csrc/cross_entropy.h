@@ -1,5 +1,5 @@
-// From block statistics to the loss, and back to the weights of its gradient: clipfast/autograd.py says it in PyTorch, and
-// why in this form. A margin is the negatives' logsumexp less the positive logit.
+// From block statistics to the loss, and back to the weights of its gradient: clipfast/autograd.py says it in PyTorch,
+// and why in this form. A margin is the negatives' logsumexp less the positive logit.
 #pragma once
 
 #include <cmath>

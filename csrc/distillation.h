@@ -1,5 +1,5 @@
-// The distillation objective: the student's logits under its teacher's softmaxes, and the gradient that draws the student's
-// softmaxes to them. The teacher's logits are formed beside the student's.
+// The distillation objective: the student's logits under its teacher's softmaxes, and the gradient that draws the
+// student's softmaxes to them. The teacher's logits are formed beside the student's.
 //
 // Included once per instruction set.
 #pragma once
@@ -84,7 +84,8 @@ class Distillation : public Objective {
         teacher.s = scratch_ + at.worker * kGroup * Tiles::kWidth;
         teacher_.form(teacher, at);
         const index_t first = at.first + at.row;
-        const Columns<NV> student_cols(cols_, at.column, group.cols), teacher_cols(teacher_cols_, at.column, group.cols);
+        const Columns<NV> student_cols(cols_, at.column, group.cols);
+        const Columns<NV> teacher_cols(teacher_cols_, at.column, group.cols);
         V teacher_weight[NV], col_cross[NV] = {}, dot = {};
         T teacher_weights[NV * W] = {};
         for (index_t j = 0; j < group.cols; ++j) teacher_weights[j] = T(teacher_in_.col_weight[at.column + j]);

@@ -11,8 +11,8 @@
 namespace clipfast {
 namespace {
 
-// The passes of the kernels that Choice chooses: Choice::with_kernel(&Kernels::pass, visit, block, execution, arguments...)
-// calls visit(kernel), or has another instruction set's `pass` do it.
+// The passes of the kernels that Choice chooses: Choice::with_kernel(&Kernels::pass, visit, block, execution,
+// arguments...) calls visit(kernel), or has another instruction set's `pass` do it.
 template <class Choice>
 struct Passes {
     static void forward(const Block& block, const Execution& execution, const Matches& matches, const Statistics& out) {
@@ -146,9 +146,8 @@ struct Entry {
 
     static constexpr Kernels kernels(const char* name, bool (*available)()) {
         using P = Passes<Entry>;
-        return {name,           available,          P::forward, P::matches,
-                P::backward,    P::sigmoid,         P::distillation, P::workspace_bytes,
-                exp2_all,       softplus_and_sigmoid_all};
+        return {name,          available,       P::forward,         P::matches, P::backward,
+                P::sigmoid,    P::distillation, P::workspace_bytes, exp2_all,   softplus_and_sigmoid_all};
     }
 };
 

@@ -1,5 +1,5 @@
-// One file per instruction set. Each includes this header first, opens its target region and includes entry.h inside it:
-// what stands above the region is shared, what stands below it is compiled once per instruction set.
+// One file per instruction set. Each includes this header first, opens its target region and includes entry.h inside
+// it: what stands above the region is shared, what stands below it is compiled once per instruction set.
 #pragma once
 
 #include <atomic>

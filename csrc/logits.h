@@ -1,7 +1,7 @@
 // A group of logits, scale x y^T + bias, and which of its pairs are what.
 //
-// Logits are in log2 units (log2(e) is folded into scale and bias once), so that every exponential is an exp2. A logit is
-// the same number to the last bit wherever in a group its pair lies, so that equal features tie.
+// Logits are in log2 units (log2(e) is folded into scale and bias once), so that every exponential is an exp2. A logit
+// is the same number to the last bit wherever in a group its pair lies, so that equal features tie.
 //
 // Included once per instruction set.
 #pragma once
@@ -22,7 +22,8 @@ constexpr double kLn2 = 0.69314718055994530942;
 template <class T>
 constexpr T kMaxSpread = std::is_same_v<T, float> ? T(100) : T(900);
 
-// A group of logits in log2 units, [rows][kWidth] at s, of which `cols` columns count. Rows up to a multiple of kRows may be written.
+// A group of logits in log2 units, [rows][kWidth] at s, of which `cols` columns count. Rows up to a multiple of kRows
+// may be written.
 template <class Tiles, int NV>
 struct Group {
     using T = typename Tiles::Compute;

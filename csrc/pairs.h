@@ -1,12 +1,13 @@
 // Products of bfloat16 in units that add up pairs: an operand is a pair of terms, 32 bits. What Tile (tiles.h) is for
 // products in the compute type. Included once per instruction set, all of which have AVX-512 with bfloat16.
 //
-// kParts = 1: features and G are rounded to bfloat16 (a bfloat16 feature is itself). kParts = 2: a float32 is the sum of
-// two bfloat16, high + low, up to 2^-17 of it, and a product is high high + high low + low high; low low is as small.
+// kParts = 1: features and G are rounded to bfloat16 (a bfloat16 feature is itself). kParts = 2: a float32 is the sum
+// of two bfloat16, high + low, up to 2^-17 of it, and a product is high high + high low + low high; low low is as
+// small.
 //
-// A left operand has its pairs along the row, in runs of 16 or more, so that a matrix unit can load 16 rows by 16 pairs;
-// a right operand is [pair][column]. Both are padded with zeros to whole runs. A chunk holds G twice, its pairs along the
-// rows and along the columns: as many bytes as once in float32.
+// A left operand has its pairs along the row, in runs of 16 or more, so that a matrix unit can load 16 rows by 16
+// pairs; a right operand is [pair][column]. Both are padded with zeros to whole runs. A chunk holds G twice, its pairs
+// along the rows and along the columns: as many bytes as once in float32.
 #pragma once
 
 #include "tiles.h"
@@ -17,8 +18,8 @@ namespace {
 using Halves = Vector<std::uint16_t, 16>;
 using Pairs = Vector<std::uint32_t, 16>;
 
-// Isa says kPairVectors and kPairRows, the tile; Session, what a thread must have while it multiplies; round, of vectors;
-// and how the tile's sums begin (clear), grow (add) and are read (finish).
+// Isa says kPairVectors and kPairRows, the tile; Session, what a thread must have while it multiplies; round, of
+// vectors; and how the tile's sums begin (clear), grow (add) and are read (finish).
 template <class Isa, int kParts_>
 struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
     using Shape = TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows>;
@@ -37,7 +38,8 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
     static index_t depth(index_t) { return kDepth; }
 
     template <int NV, class Visit>
-    static CLIPFAST_INLINE void multiply_rows(index_t d, const Operand* left, const Operand* right, const Visit& visit) {
+    static CLIPFAST_INLINE void multiply_rows(index_t d, const Operand* left, const Operand* right,
+                                              const Visit& visit) {
         const index_t count = pairs(d);
         multiply<NV, kRun>(count / kRun, kRun, left, kRun * kRows, count * kRows, right, count * NV * W, visit);
     }
@@ -48,7 +50,7 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
         const index_t runs = pairs(x.cols) / kRun;
         for (index_t r = 0; r < round_up(rows, kRows); ++r)
             for_parts([&](auto part) {
-                Operand* to = out + ((r / kRows * kParts + part) * runs * kRows + r % kRows) * kRun;
+                Operand* to = out + Index(r / kRows).in(kParts, part).in(runs, 0).in(kRows, r % kRows).in(kRun, 0);
                 for (index_t run = 0; run < runs; ++run, to += kRows * kRun)
                     store_vector(to, r < rows ? load_pairs<part.value, Element>(x, row + r, run * 2 * kRun) : Pairs{});
             });
@@ -62,7 +64,8 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
                 for (int v = 0; v < NV; ++v) {
                     Pairs block[W];
                     for (index_t l = 0; l < W; ++l)
-                        block[l] = v * W + l < rows ? load_pairs<part.value, Element>(y, row + v * W + l, 2 * k) : Pairs{};
+                        block[l] = v * W + l < rows ? load_pairs<part.value, Element>(y, row + v * W + l, 2 * k)
+                                                    : Pairs{};
                     transpose<W>(block);
                     for (int l = 0; l < W; ++l) store_vector(out + l * NV * W + v * W, block[l]);
                 }
@@ -79,11 +82,10 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
             return r < rows ? load_elements(element<Element>(a, row + r, c), a.col_stride, cols - v * W) : V{};
         };
         for_parts([&](auto part) {
-            Operand* out = panel + (part * capacity + skip) / 2 * NV * W;
+            Operand* out = panel + Index(part).in(capacity / 2, skip / 2).in(NV * W, 0);
             for (index_t r = 0; r < padded; r += 2, out += NV * W)
                 for (int v = 0; v < NV; ++v)
-                    store_vector(out + v * W, interleave(Isa::round(part_of<part.value>(load_row(r, v))),
-                                                         Isa::round(part_of<part.value>(load_row(r + 1, v)))));
+                    store_vector(out + v * W, pairs_of<part.value>(load_row(r, v), load_row(r + 1, v)));
         });
     }
 
@@ -93,7 +95,7 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
       public:
         static index_t operands(index_t rows, index_t cols) { return kParts * rows * cols; }
         Gradient(Operand* memory, index_t rows, index_t cols)
-            : by_rows_(memory), by_cols_(memory + operands(rows, cols) / 2), part_size_(rows * kWidth / 2) {}
+            : by_rows_(memory), by_cols_(memory + operands(rows, cols) / 2), rows_(rows) {}
 
         float* place(index_t, index_t, float* apart) const { return apart; }
 
@@ -103,29 +105,37 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
             for (index_t i = 0; i < group.rows; ++i) std::fill(group.row(i) + group.cols, group.row(i + 1), 0.0f);
             std::fill(group.row(group.rows), group.row(kGroup), 0.0f);
             for_parts([&](auto part) {
-                const index_t at = (panel * kParts + part) * part_size_ + row * kWidth / 2;
-                keep_rows<part.value>(group.s, by_rows_ + at);
-                keep_cols<part.value>(group.s, by_cols_ + at);
+                keep_rows<part.value>(group.s, by_rows_ + at_row(panel, part, row));
+                keep_cols<part.value>(group.s, by_cols_ + at_col(panel, part, row, 0));
             });
         }
 
         template <int NV>
         void add_rows(index_t row, index_t k, index_t terms, const Operand* y, index_t capacity, float* c, index_t ldc,
                       index_t rows, index_t cols) const {
-            const Operand* g = by_rows_ + k / kWidth * kParts * part_size_ + row * kWidth / 2;
-            add_product<NV, kWidth / 2>(ceil_div(terms, kWidth), kWidth / 2, g, kParts * part_size_, part_size_,
+            const Operand* g = by_rows_ + at_row(k / kWidth, 0, row);
+            add_product<NV, kWidth / 2>(ceil_div(terms, kWidth), kWidth / 2, g, at_row(1, 0, 0), at_row(0, 1, 0),
                                         y + k / 2 * NV * W, capacity / 2 * NV * W, c, ldc, rows, cols);
         }
 
         template <int NV>
         void add_cols(index_t col, index_t k, index_t terms, const Operand* x, index_t capacity, float* c, index_t ldc,
                       index_t rows, index_t cols) const {
-            const Operand* g = by_cols_ + col / kWidth * kParts * part_size_ + k * kWidth / 2 + col % kWidth * kGroup / 2;
-            add_product<NV, kGroup / 2>(ceil_div(terms, kGroup), kGroup / 2, g, kGroup * kWidth / 2, part_size_,
-                                        x + k / 2 * NV * W, capacity / 2 * NV * W, c, ldc, rows, cols);
+            const Operand* g = by_cols_ + at_col(col / kWidth, 0, k, col % kWidth);
+            add_product<NV, kGroup / 2>(ceil_div(terms, kGroup), kGroup / 2, g, at_col(0, 0, kGroup, 0),
+                                        at_col(0, 1, 0, 0), x + k / 2 * NV * W, capacity / 2 * NV * W, c, ldc, rows,
+                                        cols);
         }
 
       private:
+        // In the two copies of G, of the first pair of a row and of a column of a panel, from a group's first row on.
+        index_t at_row(index_t panel, index_t part, index_t row) const {
+            return Index(panel).in(kParts, part).in(rows_, row).in(kWidth / 2, 0);
+        }
+        index_t at_col(index_t panel, index_t part, index_t row, index_t col) const {
+            return Index(panel).in(kParts, part).in(rows_ / kGroup, row / kGroup).in(kWidth, col).in(kGroup / 2, 0);
+        }
+
         template <int part>
         static void keep_rows(const float* g, Operand* out) {
             for (index_t at = 0; at < kGroup * kWidth; at += W) {
@@ -142,15 +152,14 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
                     Pairs block[W];
 #pragma GCC unroll 16
                     for (int p = 0; p < W; ++p, from += 2 * kWidth)
-                        block[p] = interleave(Isa::round(part_of<part>(load_vector<V>(from))),
-                                              Isa::round(part_of<part>(load_vector<V>(from + kWidth))));
+                        block[p] = pairs_of<part>(load_vector<V>(from), load_vector<V>(from + kWidth));
                     transpose<W>(block);
-                    for (int j = 0; j < W; ++j) store_vector(out + ((v * W + j) * kGroup + i) / 2, block[j]);
+                    for (int j = 0; j < W; ++j) store_vector(out + Index(v * W + j).in(kGroup / 2, i / 2), block[j]);
                 }
         }
 
         Operand *by_rows_, *by_cols_;
-        index_t part_size_;
+        index_t rows_;
     };
 
   private:
@@ -162,8 +171,8 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
         if constexpr (kParts == 2) visit(std::integral_constant<int, 1>{});
     }
 
-    // The high part is the number itself, which is rounded later; the low part is what that rounding takes away, nothing
-    // where the high part is infinite or NaN.
+    // The high part is the number itself, which is rounded later; the low part is what that rounding takes away,
+    // nothing where the high part is infinite or NaN.
     template <int part>
     static CLIPFAST_INLINE V part_of(V v) {
         if constexpr (part == 0) {
@@ -174,8 +183,11 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
         }
     }
 
-    static CLIPFAST_INLINE Pairs interleave(Halves even, Halves odd) {
-        return __builtin_convertvector(even, Pairs) | __builtin_convertvector(odd, Pairs) << 16;
+    // A part of the numbers of two rows as pairs.
+    template <int part>
+    static CLIPFAST_INLINE Pairs pairs_of(V even, V odd) {
+        return __builtin_convertvector(Isa::round(part_of<part>(even)), Pairs) |
+               __builtin_convertvector(Isa::round(part_of<part>(odd)), Pairs) << 16;
     }
 
     // The pairs of row `row` from column `col` on.

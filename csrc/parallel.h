@@ -31,8 +31,8 @@ using OpenMP = void (*)(void (*run)(void*), void* data, unsigned threads, unsign
 
 inline const pid_t kLoadedIn = getpid();
 
-// The OpenMP that PyTorch has loaded, or null. Its threads wait for work by spinning, so threads beside them would have to
-// share the processors; and they are there already. A forked child has none of its parent's threads.
+// The OpenMP that PyTorch has loaded, or null. Its threads wait for work by spinning, so threads beside them would have
+// to share the processors; and they are there already. A forked child has none of its parent's threads.
 inline OpenMP loaded_openmp() {
     static const auto entry = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     return getpid() == kLoadedIn ? entry : nullptr;
@@ -54,7 +54,8 @@ class Team {
         if (stopped_) throw Interrupted{};
     }
 
-    // Whether the pass is given up. Every loop asks between its tasks; a task of more than a tenth of a second asks too.
+    // Whether the pass is given up. Every loop asks between its tasks; a task of more than a tenth of a second asks
+    // too.
     bool stopped() {
         if (interrupted_ && std::this_thread::get_id() == caller_) {
             const auto now = Clock::now();

@@ -53,7 +53,8 @@ class Sigmoid : public Objective {
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
                 const V logit = group.logits(i, v);
-                const auto [softplus, sigmoid] = softplus_and_sigmoid<T, W>(plain ? logit : labelled(group, logit, i, v));
+                const V by_label = plain ? logit : labelled(group, logit, i, v);
+                const auto [softplus, sigmoid] = softplus_and_sigmoid<T, W>(by_label);
                 loss += softplus;
                 if constexpr (!gradient) continue;
                 V g = unit * sigmoid;

@@ -1,8 +1,8 @@
 // The softmax objectives: logsumexps of rows and columns, and the gradient of a loss that is made of them.
 //
-// One exponential serves both directions: with a shift k common to a group, e_ij = exp2(L_ij - k) gives its row sums and
-// its column sums. That is exact while the group's spread stays below kMaxSpread, for then the smallest e is a normal
-// number; a wider group takes separate shifts. Positives are left out of all sums.
+// One exponential serves both directions: with a shift k common to a group, e_ij = exp2(L_ij - k) gives its row sums
+// and its column sums. That is exact while the group's spread stays below kMaxSpread, for then the smallest e is a
+// normal number; a wider group takes separate shifts. Positives are left out of all sums.
 //
 // Included once per instruction set.
 #pragma once
@@ -204,9 +204,9 @@ class SoftmaxStatistics : public Objective {
     Slots<std::int32_t> rows_above_, cols_above_;
 };
 
-// A side's logsumexps in log2 units and weights, rounded to T so that weight' exp2(L - lse') = weight exp(L - lse) up to
-// one rounding of weight'. Where the weight is 0, lse' = inf makes every exponential 0, so that an infinite logit in a
-// column that the loss does not use does no harm.
+// A side's logsumexps in log2 units and weights, rounded to T so that weight' exp2(L - lse') = weight exp(L - lse) up
+// to one rounding of weight'. Where the weight is 0, lse' = inf makes every exponential 0, so that an infinite logit in
+// a column that the loss does not use does no harm.
 template <class T>
 struct Side {
     T *lse = nullptr, *weight = nullptr;
@@ -284,7 +284,8 @@ class SoftmaxGradient : public Objective {
         for (index_t i = 0; i < group.rows; ++i)
             for (int v = 0; v < NV; ++v) {
                 V g = group.logits(i, v), added = {};
-                if (targets) added = g + (T(in_.row_target[at.first + at.row + i]) + load_vector<V>(col_target + v * W));
+                if (targets)
+                    added = g + (T(in_.row_target[at.first + at.row + i]) + load_vector<V>(col_target + v * W));
                 store_vector(group.row(i) + v * W, group.duplicates(i, v) ? added : g);
             }
     }

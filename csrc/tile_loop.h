@@ -155,7 +155,8 @@ class Kernel {
             group.s = gradient_.place(at.panel, at.row, scratch(at));
             rows_.form(group, at);
             const T dot = objective.to_gradient(group, at);
-            if constexpr (Tiles::kRounds) dots_[at.row / kGroup * chunks_.panels + at.panel] = rows_.logits().product(dot);
+            if constexpr (Tiles::kRounds)
+                dots_[at.row / kGroup * chunks_.panels + at.panel] = rows_.logits().product(dot);
             gradient_.keep(group, at.panel, at.row);
         });
         return std::accumulate(dots_, dots_ + dots(), 0.0);
@@ -169,8 +170,8 @@ class Kernel {
             const index_t cols = std::min(kWidth, d_ - col), count = std::min(kBlockRows, rows - row);
             const index_t padded = row + count < rows ? count : round_up(rows, step) - row;
             Tiles::with_vectors(cols, [&](auto vectors) {
-                Tiles::template pack_rows<Element, vectors.value>(a, first + row, count, padded, col, cols, row, capacity,
-                                                                  out + packed(capacity, col));
+                Tiles::template pack_rows<Element, vectors.value>(a, first + row, count, padded, col, cols, row,
+                                                                  capacity, out + packed(capacity, col));
             });
         });
     }
@@ -219,14 +220,15 @@ class Kernel {
         });
     }
 
-    // Calls visit(std::integral_constant<int, vectors>, k, terms, c, columns) for up to `depth` terms of the sums, from k
-    // on, and panels of the d columns, from c on.
+    // Calls visit(std::integral_constant<int, vectors>, k, terms, c, columns) for up to `depth` terms of the sums, from
+    // k on, and panels of the d columns, from c on.
     template <class Visit>
     void for_terms(index_t all, index_t depth, index_t begin, index_t end, const Visit& visit) {
         for (index_t k = 0; k < all; k += depth)
             for (index_t panel = begin; panel < end && !team_.stopped(); ++panel) {
                 const index_t c = panel * kWidth, count = std::min(kWidth, d_ - c);
-                Tiles::with_vectors(count, [&](auto vectors) { visit(vectors, k, std::min(depth, all - k), c, count); });
+                Tiles::with_vectors(count,
+                                    [&](auto vectors) { visit(vectors, k, std::min(depth, all - k), c, count); });
             }
     }
 

@@ -1,7 +1,7 @@
 // Products on a tile in registers, and how their operands are packed. Included once per instruction set.
 //
-// A kind of product is a class like Tile below: how operands are packed (pack_left, pack_right, pack_rows), x y^T of a few
-// rows and a panel (multiply_rows), and G of a chunk with the products that it is the left operand of (Gradient).
+// A kind of product is a class like Tile below: how operands are packed (pack_left, pack_right, pack_rows), x y^T of a
+// few rows and a panel (multiply_rows), and G of a chunk with the products that it is the left operand of (Gradient).
 #pragma once
 
 #include <algorithm>
@@ -16,6 +16,15 @@ constexpr index_t kGroup = 64;  // rows of a group of logits
 
 constexpr index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
 constexpr index_t round_up(index_t a, index_t b) { return ceil_div(a, b) * b; }
+
+// The place of an element in an array of several dimensions: Index(i).in(J, j).in(K, k) is that of [i][j][k] in
+// [][J][K].
+struct Index {
+    index_t at;
+    constexpr explicit Index(index_t i) : at(i) {}
+    constexpr Index in(index_t size, index_t i) const { return Index(at * size + i); }
+    constexpr operator index_t() const { return at; }
+};
 
 // A tile of kRows_ rows by kVectors_ vectors.
 template <class T, int W_, int kVectors_, int kRows_>
@@ -75,7 +84,8 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
     static index_t operands(index_t d) { return d; }
 
     // How many of `terms` terms to add up in registers. Equal terms round one way, so a sum of b of them may be off by
-    // b / 4 units in the last place, and a sum of terms / b such sums by as many more: near 2 sqrt(terms) both are small.
+    // b / 4 units in the last place, and a sum of terms / b such sums by as many more: near 2 sqrt(terms) both are
+    // small.
     static index_t depth(index_t terms) {
         return std::min(kDepth, round_up(index_t(2 * std::sqrt(double(terms))), kWidth));
     }
@@ -142,7 +152,8 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
             y += k * NV * W;
             if (whole) add_product<NV, kWidth, 1>(whole / kWidth, kWidth, g, panel_size, y, c, ldc, rows, cols);
             if (whole < terms)
-                add_product<NV, kWidth, 1>(1, terms - whole, g + whole * rows_, 0, y + whole * NV * W, c, ldc, rows, cols);
+                add_product<NV, kWidth, 1>(1, terms - whole, g + whole * rows_, 0, y + whole * NV * W, c, ldc, rows,
+                                           cols);
         }
 
         // c += G^T x on G's columns [col, col + kRows) and rows [k, k + terms). x is packed.
@@ -200,8 +211,9 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
                 V block[W];
 #pragma GCC unroll 16
                 for (int i = 0; i < W; ++i)
-                    block[i] = r + i < rows ? load_elements(element<Element>(a, row + r + i, c), a.col_stride, a.cols - c)
-                                            : V{};
+                    block[i] = r + i < rows
+                                   ? load_elements(element<Element>(a, row + r + i, c), a.col_stride, a.cols - c)
+                                   : V{};
                 transpose<W>(block);
                 const index_t terms = std::min<index_t>(W, a.cols - c);
                 for (index_t k = 0; k < terms; ++k) {
