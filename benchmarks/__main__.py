@@ -82,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     costs.set_defaults(call=lambda options: loss_options.main(options.out, options.n))
     compiled = commands.add_parser("compile-report", help="what every Triton configuration compiles to, without a GPU")
     compiled.add_argument("--architecture", nargs="+", default=list(compile_report.DEVICES), metavar="NAME")
-    compiled.add_argument(
-        "--plain", action="store_true", help="the plain softmax alone, without ids, ranks, SigLIP and distillation"
-    )
+    compiled.add_argument("--plain", action="store_true", help="the plain softmax alone")
     compiled.set_defaults(call=lambda options: compile_report.main(options.architecture, options.plain))
     many = commands.add_parser(
         "scaling", help="the loss over ranks: processes of this machine, and a model of many GPUs"

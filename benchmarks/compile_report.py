@@ -104,15 +104,15 @@ def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) ->
         if config.architecture not in architectures or (plain and config.kernel not in PLAIN_KERNELS):
             continue
         any_rows = not (config.tma or config.aligned)
-        plain, *options = OPTIONS[config.kernel]
+        first, *options = OPTIONS[config.kernel]
         if config.itemsize == 2:
             kinds = [(torch.bfloat16, "ieee")]
-            found += [Case(config, torch.bfloat16, "ieee", factors, option=plain) for factors in (False, True)]
-            found += [Case(config, torch.bfloat16, "ieee", True, WIDTHS[1], plain)] * any_rows
+            found += [Case(config, torch.bfloat16, "ieee", factors, option=first) for factors in (False, True)]
+            found += [Case(config, torch.bfloat16, "ieee", True, WIDTHS[1], first)] * any_rows
         else:
             kinds = [(torch.float32, "ieee"), (torch.float32, "tf32")]
             widths = WIDTHS if any_rows else WIDTHS[:1]
-            found += [Case(config, *kind, d=d, option=plain) for d in widths for kind in kinds]
+            found += [Case(config, *kind, d=d, option=first) for d in widths for kind in kinds]
         if not plain:
             found += [Case(config, *kind, True, WIDTHS[any_rows], option) for option in options for kind in kinds]
     return found
