@@ -105,13 +105,14 @@ class SigLipLoss(Loss):
     Args:
         cache_labels: accepted; there are no labels to cache.
         rank: this process's number in range(world_size).
-        world_size: the number of processes; more than 1 raises NotImplementedError in the call.
+        world_size: the number of processes; more than 1 is not available yet.
         dist_impl: None, "bidir", "shift", "reduce" or "gather"; without effect.
         options: the keyword options of `clipfast.siglip_loss`, but for the ids, which come with each batch.
 
     Raises:
         TypeError: an option is unknown.
         ValueError: rank lies outside range(world_size), or dist_impl is unknown.
+        NotImplementedError: world_size > 1.
     """
 
     def __init__(
@@ -124,6 +125,10 @@ class SigLipLoss(Loss):
     ) -> None:
         if dist_impl is not None:
             arguments.choice("dist_impl", dist_impl, ("bidir", "shift", "reduce", "gather"))
+        if world_size > 1:
+            raise NotImplementedError(
+                f"world_size: got {world_size}; the sigmoid loss over several processes is not available yet"
+            )
         constructor = {"cache_labels": cache_labels, "rank": rank, "world_size": world_size, "dist_impl": dist_impl}
         super().__init__(constructor, arguments.options_of(siglip_loss, options))
 
