@@ -15,6 +15,7 @@ import torch
 from oracle import assert_three_way, error, features
 from torch import Tensor, nn
 
+from clipfast import collectives
 from clipfast.data import read_concepts
 
 sentence_transformers = pytest.importorskip(
@@ -198,7 +199,9 @@ def test_gather_across_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(NotImplementedError, match="gather_across_devices: the loss over several processes"):
             loss.compute_loss_from_embeddings([x, y])
         loss.gather_across_devices = False
-        assert torch.equal(loss.compute_loss_from_embeddings([x, y]), expected)
+        monkeypatch.setattr(collectives, "_warned", [])
+        with pytest.warns(UserWarning, match="this loss is that of this process's own rows"):
+            assert torch.equal(loss.compute_loss_from_embeddings([x, y]), expected)
     finally:
         torch.distributed.destroy_process_group()
 
