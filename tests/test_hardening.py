@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import error, evaluate, features, reasons_against
+from oracle import error, evaluate, features, half_operands, operand_rounding, reasons_against
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -284,9 +284,13 @@ def test_float16_with_smoothed_labels_has_no_spurious_inf(backend: str) -> None:
             reference.contrastive_loss, x.double(), y.double(), -20.0, scalar_dtype=torch.float64, **options
         )
         got = evaluate(clipfast.contrastive_loss, x, y, -20.0, backend=backend, **options)
+        # A backend that multiplies halves rounds G to them, as in the oracle: 2 upstream / n of it in a row or column.
+        rounded = operand_rounding(x.dtype, x.device) if x.dtype in half_operands(backend) else 0.0
+        coordinate = max(x.abs().max().item(), y.abs().max().item())
         for value, truth in ((got.dx, exact.dx), (got.dy, exact.dy)):
             assert torch.equal(value.isinf(), truth.half().isinf())
-            torch.testing.assert_close(value, truth.half(), rtol=2e-3, atol=1.0)
+            atol = 1.0 + rounded * 2e4 / 3 * 20.0 * coordinate
+            torch.testing.assert_close(value, truth.half(), rtol=2e-3, atol=atol)
 
 
 @pytest.mark.needs("ids")
