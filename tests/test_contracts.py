@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
 from clipfast import reference
-from clipfast.problem import Problem
 
 NAMES = ("loss", "dx", "dy", "dscale", "dbias")
 
@@ -405,5 +404,5 @@ def test_saved_bytes_at_large_batches() -> None:
         counts[n] = saved_bytes(x, y, "auto")
         assert counts[n] < 3 * (x.nbytes + y.nbytes)
         # The loss's own vectors over the batch are a few doubles a row.
-        assert 0 <= counts[n] - Problem(n, n, 512, torch.float32, torch.device("cpu")).saved_bytes <= 64 * n
+        assert 0 <= counts[n] - clipfast.explain(n, 512).saved_bytes <= 64 * n
     assert counts[32768] - counts[16384] == 2 * (counts[16384] - counts[8192])
