@@ -108,7 +108,7 @@ def matches(block: Block) -> Matches:
 def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
     block, accumulator = _with_operands(block), block.scale.dtype
     # G is kept near 1 by taking its largest weight out: in half precision P/n would underflow (design: float16).
-    unit = _largest(weights.row_weight, weights.col_weight, weights.positive_weight, *weights[5:]).to(accumulator)
+    unit = _largest(accumulator, weights.row_weight, weights.col_weight, weights.positive_weight, *weights[5:])
     row_lse, row_weight = round_statistics(weights.row_lse, weights.row_weight / unit, accumulator)
     col_lse, col_weight = round_statistics(weights.col_lse, weights.col_weight / unit, accumulator)
     positive_weight = (weights.positive_weight / unit).to(accumulator)
@@ -172,7 +172,7 @@ def distillation(
     statistics = statistics_dtype(block.x.device)
     row_cross = block.scale.new_empty(block.n, dtype=statistics)
     col_cross = block.scale.new_zeros(block.m, dtype=statistics)
-    unit = _largest(weights.row_weight, weights.col_weight).to(block.scale.dtype)
+    unit = _largest(block.scale.dtype, weights.row_weight, weights.col_weight)
     (row_lse, row_weight), (col_lse, col_weight), (t_row_lse, t_row_weight), (t_col_lse, t_col_weight) = (
         round_statistics(lse, weight / unit, block.scale.dtype)
         for of in (weights, teacher_weights)
@@ -202,11 +202,11 @@ def distillation(
     )
 
 
-def _largest(*weights: Tensor | None) -> Tensor:  # []
-    """The largest finite |weight|, 1 where all are 0."""
+def _largest(dtype: torch.dtype, *weights: Tensor | None) -> Tensor:  # []
+    """The largest finite |weight|, or the smallest normal number of `dtype` where all are below it."""
     largest = torch.cat([w.abs() for w in weights if w is not None])
     largest = torch.where(largest.isfinite(), largest, 0).amax()
-    return torch.where(largest == 0, 1, largest)
+    return largest.clamp(min=torch.finfo(dtype).tiny).to(dtype)
 
 
 class _GradientSums:
