@@ -16,7 +16,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments
 
 import clipfast
-from clipfast.data import Pairs, Tokenizer, read_concepts, to_float
+from clipfast.emoji.data import Pairs, Tokenizer, read_concepts, to_float
 from clipfast.integrations import transformers as clipfast_transformers
 
 SIZE, WORDS = 48, 24

@@ -111,7 +111,9 @@ def test_upstream_gradient(backend: str, upstream: float) -> None:
 )
 @hypothesis.example(n=1, extra=2, d=1, kind="random", dtype=torch.float32, scale=1e-45, smoothing=0.0)
 @hypothesis.example(n=1, extra=1, d=1, kind="random", dtype=torch.float16, scale=47.0, smoothing=0.0)
-@hypothesis.example(n=1, extra=1, d=1, kind="random", dtype=torch.float32, scale=52.0, smoothing=0.0)  # weights of 1e-46
+@hypothesis.example(
+    n=1, extra=1, d=1, kind="random", dtype=torch.float32, scale=52.0, smoothing=0.0
+)  # weights of 1e-46
 def test_any_shape(
     backend: str, n: int, extra: int, d: int, kind: str, dtype: torch.dtype, scale: float, smoothing: float
 ) -> None:

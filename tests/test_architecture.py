@@ -31,8 +31,11 @@ LAYERS = (
     {"modules", "metrics"},
     {"prefixes"},
     {"__init__"},
-    {"model", "data", "checkpoint", "info"},
-    {"pictures"},
+    {"info"},
+    # The application: the library must not import it.
+    {"models.clip", "emoji", "emoji.data", "training", "training.checkpoint"},
+    {"models", "emoji.pictures"},
+    {"training.run"},
     {"train"},
     {
         "integrations",

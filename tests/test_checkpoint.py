@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from clipfast import train as training
-from clipfast.checkpoint import locked, save_checkpoint, write_whole
-from clipfast.data import read_concepts
-from clipfast.train import Result, TrainConfig, main, resume, train
+from clipfast.emoji.data import read_concepts
+from clipfast.training.checkpoint import locked, save_checkpoint, write_whole
+from clipfast.training.run import Result, TrainConfig, main, resume, train
 
 EPOCHS = 3
 

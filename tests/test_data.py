@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from clipfast.data import (
+from clipfast.emoji.data import (
     TEMPLATES,
     Concept,
     Pairs,
@@ -158,7 +158,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, package: st
         return real_import(name)
 
     monkeypatch.setattr(importlib, "import_module", import_module)
-    monkeypatch.setattr("clipfast.data.find_spec", lambda name: None if name == package else real_find(name))
+    monkeypatch.setattr("clipfast.emoji.data.find_spec", lambda name: None if name == package else real_find(name))
 
     def use_everything() -> None:
         files = [concept.pictures[0].file for concept in read_concepts()[:1]]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from clipfast import ContrastiveLoss
-from clipfast.model import (
+from clipfast.models import (
     CBOW,
     CLIP,
     CONFIGS,

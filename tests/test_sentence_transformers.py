@@ -16,7 +16,7 @@ from oracle import assert_three_way, error, features
 from torch import Tensor, nn
 
 from clipfast import collectives
-from clipfast.data import read_concepts
+from clipfast.emoji.data import read_concepts
 
 sentence_transformers = pytest.importorskip(
     "sentence_transformers",

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from clipfast import data, train as training
-from clipfast.checkpoint import save_checkpoint
-from clipfast.data import Concept, Pairs, read_concepts
-from clipfast.model import CONFIGS, build_model
-from clipfast.train import (
+from clipfast.emoji.data import Concept, Pairs, read_concepts
+from clipfast.models import CONFIGS, build_model
+from clipfast.training.checkpoint import save_checkpoint
+from clipfast.training.run import (
     Result,
     TrainConfig,
     evaluate,

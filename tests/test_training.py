@@ -15,7 +15,7 @@ from towers import Towers
 
 import clipfast
 from clipfast import dispatch, reference
-from clipfast.model import CBOW, CLIP, VisionTransformer
+from clipfast.models import CBOW, CLIP, VisionTransformer
 from clipfast.problem import Problem
 
 TEXTS = ("image_features", "text_features")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from clipfast.checkpoint import write_whole
+from clipfast.training.checkpoint import write_whole
 
 TRAINING, HELD_OUT, RIGHT, OTHER, TEXT = "#7a8793", "#1769aa", "#2e9e5b", "#c9d3dc", "#20262c"
 CREDIT = "Drawings: OpenMoji, CC BY-SA 4.0"

@@ -217,7 +217,7 @@ class Pairs:
 
 
 class Tokenizer:
-    """Byte-level BPE without case. 0 pads, and the end-of-text token has the largest id, as `clipfast.model` expects.
+    """Byte-level BPE without case. 0 pads, and the end-of-text token has the largest id, as `clipfast.models` expects.
 
     Args:
         json: a trained tokenizer of the package tokenizers, as from `to_json`.

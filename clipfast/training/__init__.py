@@ -1,0 +1,1 @@
+"""Training CLIP for real: the run, and what guards its folder."""
