@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from clipfast import data, train as training
+from clipfast.emoji import data
 from clipfast.emoji.data import Concept, Pairs, read_concepts
 from clipfast.models import CONFIGS, build_model
+from clipfast.training import run as training
 from clipfast.training.checkpoint import save_checkpoint
 from clipfast.training.run import (
     Result,
