@@ -175,6 +175,11 @@ def process_group(value: object) -> torch.distributed.ProcessGroup | None:
     return value if torch.distributed.get_world_size(value) > 1 else None
 
 
+def device_of(features: object) -> torch.device:
+    """From which the ranks can send, also where the features are none."""
+    return features.device if isinstance(features, Tensor) else torch.device("cpu")
+
+
 def one_process(value: object, what: str) -> None:
     """Refuse a group of several processes."""
     if process_group(value) is not None:

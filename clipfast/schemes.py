@@ -30,6 +30,15 @@ Visit = Callable[[int, Sequence[Tensor]], Tensor | None]
 Merge = Callable[[Tensor], Tensor]
 
 
+class GroupOptions(NamedTuple):
+    """What `clipfast.contrastive_loss` says of the ranks of its group."""
+
+    group: torch.distributed.ProcessGroup
+    grad_reduction: str
+    scheme: str
+    equal_shards: bool
+
+
 @dataclass(frozen=True)
 class Gather:
     """Every rank holds all texts, and visits them at once; what belongs to columns is sent home, O(M) for each."""
