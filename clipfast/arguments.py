@@ -180,14 +180,6 @@ def device_of(features: object) -> torch.device:
     return features.device if isinstance(features, Tensor) else torch.device("cpu")
 
 
-def one_process(value: object, what: str) -> None:
-    """Refuse a group of several processes."""
-    if process_group(value) is not None:
-        raise NotImplementedError(
-            f"group: {what} over several processes is not available yet; pass None for each process's own batch"
-        )
-
-
 def options_of(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
     """The options, refused if one is no keyword option of the function; ids come with each batch."""
     parameters = inspect.signature(function).parameters.values()

@@ -47,6 +47,18 @@ class Ranks:
             gather(_bytes(received).flatten(), _bytes(own.contiguous()).flatten(), group=self.group)
         return received
 
+    def gather_rows(self, own: Tensor, sizes: Sequence[int]) -> Tensor:  # [own size, ...] -> [sum of sizes, ...]
+        """Every rank's rows, in rank order; those of a rank with fewer travel with padding."""
+        longest = max(sizes)
+        padded = own
+        if len(own) < longest:
+            padded = own.new_zeros((longest, *own.shape[1:]))
+            padded[: len(own)] = own
+        received = self.gather(padded)
+        if min(sizes) == longest:
+            return received.flatten(0, 1)
+        return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+
     def sum(self, own: Tensor) -> Tensor:  # [...]
         """The sum over ranks, the same on each."""
         return self.gather(own).sum(dim=0)

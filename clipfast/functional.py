@@ -91,7 +91,7 @@ def contrastive_loss(
             In a group the ranks that wait for this one raise ValueError too.
     """
     ranks = _ranks_of(group)
-    with _telling(ranks, image_features, equal_shards):
+    with telling(ranks, image_features, equal_shards):
         _check_common(normalize, grad_reduction, scheme, deterministic)
         arguments.choice("direction", direction, DIRECTIONS)
         arguments.choice("reduction", reduction, REDUCTIONS)
@@ -166,7 +166,7 @@ def siglip_loss(
             In a group the ranks that wait for this one raise ValueError too.
     """
     ranks = _ranks_of(group)
-    with _telling(ranks, image_features, equal_shards):
+    with telling(ranks, image_features, equal_shards):
         _check_common(normalize, grad_reduction, scheme, deterministic)
         arguments.choice("same_id", same_id, SAME_IDS)
         x, y = arguments.matched_features(image_features, text_features, fewest_rows=0 if ranks else 1)
@@ -228,7 +228,7 @@ def distillation_loss(
             In a group the ranks that wait for this one raise ValueError too.
     """
     ranks = _ranks_of(group)
-    with _telling(ranks, image_features, equal_shards):
+    with telling(ranks, image_features, equal_shards):
         _check_common(normalize, grad_reduction, scheme, deterministic)
         fewest_rows = 0 if ranks else 1
         x, y = arguments.matched_features(image_features, text_features, fewest_rows=fewest_rows)
@@ -317,7 +317,7 @@ def _check_common(normalize: object, grad_reduction: object, scheme: object, det
     arguments.flag("normalize", normalize)
 
 
-def _telling(group: Any, image_features: object, equal_shards: bool) -> AbstractContextManager[None]:
+def telling(group: Any, image_features: object, equal_shards: bool) -> AbstractContextManager[None]:
     """An error in the arguments is told to the other ranks, which wait for this one."""
     if group is None:
         return nullcontext()

@@ -195,6 +195,16 @@ def formed(
     return dict(zip(("dx", "dy", "dscale", "dbias"), gradients, strict=True)) | {"loss": loss.detach()}
 
 
+def retrieval(
+    rank: int, group: Any, shards: Sequence[dict[str, Any]], options: dict[str, Any]
+) -> tuple[dict[str, float], int]:
+    """The metrics, and the multiply-adds of this rank's forward passes."""
+    shard = dict(shards[rank])
+    with Counter() as counter:
+        metrics = clipfast.retrieval_metrics(shard.pop("x"), shard.pop("y"), **shard, group=group, **options)
+    return metrics, counter.products
+
+
 def cost(
     rank: int, group: Any, shards: Sequence[dict[str, Any]], options: dict[str, Any], scheme: str, equal_shards: bool
 ) -> tuple[int, int, int, int]:

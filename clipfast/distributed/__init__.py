@@ -19,7 +19,8 @@ One file for each loss, over job.py: what the ranks of a call have agreed on, an
 """
 
 from clipfast.distributed.distillation import distillation_loss
+from clipfast.distributed.retrieval import ranks_of_matches
 from clipfast.distributed.sigmoid import siglip_loss
 from clipfast.distributed.softmax import contrastive_loss
 
-__all__ = ["contrastive_loss", "distillation_loss", "siglip_loss"]
+__all__ = ["contrastive_loss", "distillation_loss", "ranks_of_matches", "siglip_loss"]

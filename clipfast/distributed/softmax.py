@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from clipfast import cross_entropy, dispatch
-from clipfast.block import POSITIVE, Gradients, Matches, Statistics, Weights
+from clipfast.block import POSITIVE, Block, Gradients, Matches, Statistics, Weights
 from clipfast.distributed.job import GradientSums, Images, Job, added, agreed, by_features, rows_of
 from clipfast.logit_sums import Sums, add_constants, logit_sums
 from clipfast.schemes import GroupOptions
@@ -109,7 +109,7 @@ def _statistics(
     backend, metrics, row_matches = dispatch.get(options.backend), options.metrics, images.vector(-torch.inf)
     needs_sums = _adds_positives(images) or options.label_smoothing > 0
     if metrics:
-        row_matches, col_matches = all_matches(backend, images, held, job)
+        row_matches, col_matches = all_matches(backend.matches, images, held, job)
         held = [*held, *job.spread(col_matches)]
     row_lse = images.vector(-torch.inf)
     width = 1 + metrics + len(Sums._fields) * needs_sums
@@ -142,15 +142,17 @@ def _statistics(
     return statistics, sums  # type: ignore[return-value]
 
 
-def all_matches(backend: ModuleType, images: Images, held: list[Tensor], job: Job) -> Matches:
-    """The largest logit among all positives of this rank's images and texts."""
+def all_matches(
+    matches_of: Callable[[Block], Matches], images: Images, held: list[Tensor], job: Job, matched: bool = True
+) -> Matches:
+    """The largest logit among all positives of this rank's images and texts; `matched`: row i has text i."""
     rows = images.vector(-torch.inf)
 
     def visit(offset: int, texts: Sequence[Tensor]) -> Tensor:  # [m']
-        block = images.block(offset, texts)
+        block = images.block(offset if matched else len(texts[0]), texts)
         if block is None:
             return rows.new_full((len(texts[0]),), -torch.inf)
-        found: Matches = backend.matches(block)
+        found = matches_of(block)
         rows.copy_(torch.maximum(rows, found.rows))
         return found.cols
 
