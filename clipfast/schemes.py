@@ -30,6 +30,15 @@ Visit = Callable[[int, Sequence[Tensor]], Tensor | None]
 Merge = Callable[[Tensor], Tensor]
 
 
+class GroupOptions(NamedTuple):
+    """What `clipfast.contrastive_loss` says of the ranks of its group."""
+
+    group: torch.distributed.ProcessGroup
+    grad_reduction: str
+    scheme: str
+    equal_shards: bool
+
+
 @dataclass(frozen=True)
 class Gather:
     """Every rank holds all texts, and visits them at once; what belongs to columns is sent home, O(M) for each."""
@@ -42,16 +51,7 @@ class Gather:
 
     def spread(self, own: Tensor) -> Tensor:  # [m_r, ...] -> [M, ...]
         """What a visit needs of the texts."""
-        texts = self.shards.texts
-        longest = max(texts)
-        padded = own
-        if len(own) < longest:
-            padded = own.new_zeros((longest, *own.shape[1:]))
-            padded[: len(own)] = own
-        received = self.ranks.gather(padded)
-        if min(texts) == longest:
-            return received.flatten(0, 1)
-        return torch.cat([part[:m] for part, m in zip(received, texts, strict=True)])
+        return self.ranks.gather_rows(own, self.shards.texts)
 
     def columns(self, held: Sequence[Tensor], visit: Visit, merge: Merge) -> Tensor | None:
         """Visit all texts; the rank's own columns of what all ranks' visits returned, merged in rank order."""

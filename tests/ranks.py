@@ -31,6 +31,7 @@ from towers import Towers
 import clipfast
 from benchmarks.scaling import Counter
 from clipfast.problem import accumulation_dtype
+from clipfast.schemes import GroupOptions
 from clipfast.softmax import Options
 
 DEFAULTS = {
@@ -54,7 +55,7 @@ class Failed(Exception):
 class Ranks:
     """`count` processes; `run` has each call a function, and returns what each returned or how it failed."""
 
-    def __init__(self, count: int, timeout: float = TIMEOUT) -> None:
+    def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
@@ -62,7 +63,7 @@ class Ranks:
         for rank in range(count):
             here, there = context.Pipe()
             store = Path(self.folder.name) / "store"
-            process = context.Process(target=_serve, args=(there, rank, count, str(store), timeout), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, count, str(store)), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -100,11 +101,11 @@ def _receive(pipe: Connection) -> Any:
     return Failed(result) if failed else result
 
 
-def _serve(pipe: Connection, rank: int, count: int, store: str, timeout: float) -> None:
+def _serve(pipe: Connection, rank: int, count: int, store: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=timeout)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=TIMEOUT)
     )
     while True:
         try:
@@ -157,10 +158,7 @@ def contrastive(
         shard.get("image_ids"),
         shard.get("text_ids"),
         Options(**DEFAULTS | options),
-        group=group,
-        grad_reduction=grad_reduction,
-        scheme=scheme,
-        equal_shards=equal_shards,
+        GroupOptions(group, grad_reduction, scheme, equal_shards),
     )
     gradient = torch.as_tensor(upstream[rank] if upstream else 1.0, dtype=loss.dtype).expand(loss.shape)
     gradients = torch.autograd.grad(loss, (x, y, s, b), gradient, retain_graph=True)
@@ -168,6 +166,43 @@ def contrastive(
     assert all(torch.equal(g.nan_to_num(), a.nan_to_num()) for g, a in zip(gradients, again, strict=True))
     result = dict(zip(("dx", "dy", "dscale", "dbias"), gradients, strict=True)) | {"loss": loss.detach()}
     return result if row_above is None else result | {"row_above": row_above, "col_above": col_above}
+
+
+def formed(
+    rank: int,
+    group: Any,
+    name: str,  # of the loss
+    shards: Sequence[
+        dict[str, Any]
+    ],  # each rank's x [n, d], y [m, d], perhaps image_ids and text_ids, and its teacher's
+    scale: float,
+    bias: float,
+    options: dict[str, Any],
+    upstream: Sequence[float] = (),
+) -> dict[str, torch.Tensor]:
+    """This rank's siglip_loss or distillation_loss, and its gradients."""
+    inputs = dict(shards[rank])
+    x, y = (inputs.pop(key).detach().requires_grad_() for key in ("x", "y"))
+    s, b = (torch.tensor(v, dtype=accumulation_dtype(x.dtype), requires_grad=True) for v in (scale, bias))
+    if name == "siglip_loss":
+        loss = clipfast.siglip_loss(x, y, s, b, **inputs, group=group, **options)
+    else:
+        loss = clipfast.distillation_loss(x, y, s, *inputs.values(), group=group, **options) + 0 * b
+    gradient = torch.tensor(upstream[rank] if upstream else 1.0, dtype=loss.dtype)
+    gradients = torch.autograd.grad(loss, (x, y, s, b), gradient, retain_graph=True)
+    again = torch.autograd.grad(loss, (x, y, s, b), gradient)
+    assert all(torch.equal(g, a) for g, a in zip(gradients, again, strict=True))
+    return dict(zip(("dx", "dy", "dscale", "dbias"), gradients, strict=True)) | {"loss": loss.detach()}
+
+
+def retrieval(
+    rank: int, group: Any, shards: Sequence[dict[str, Any]], options: dict[str, Any]
+) -> tuple[dict[str, float], int]:
+    """The metrics, and the multiply-adds of this rank's forward passes."""
+    shard = dict(shards[rank])
+    with Counter() as counter:
+        metrics = clipfast.retrieval_metrics(shard.pop("x"), shard.pop("y"), **shard, group=group, **options)
+    return metrics, counter.products
 
 
 def cost(
@@ -188,10 +223,7 @@ def cost(
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss, *_ = distributed.contrastive_loss(
                 *(x, y, scale, bias, shard.get("image_ids"), shard.get("text_ids"), Options(**DEFAULTS | options)),
-                group=group,
-                grad_reduction="mean",
-                scheme=scheme,
-                equal_shards=equal_shards,
+                GroupOptions(group, "mean", scheme, equal_shards),
             )
         forward = counter.sent
         loss.sum().backward()
@@ -271,6 +303,8 @@ def call(
 
 def fail(rank: int, group: Any, how: str, scheme: str) -> float:
     """A rank raises, ends or hangs between the passes of others."""
+    # To connect takes a loaded machine longer than a test should wait for a rank that is gone.
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=FAIL_TIMEOUT), group)
     x = torch.randn(4, 3, requires_grad=True)
     loss = clipfast.contrastive_loss(x, x, 2.0, group=group, scheme=scheme, backend="torch")
     if rank == 1 and how == "raise":
