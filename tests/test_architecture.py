@@ -28,7 +28,7 @@ LAYERS = (
     {"distillation"},
     {"operators"},
     {"functional"},
-    {"modules", "metrics"},
+    {"modules", "metrics", "cached"},
     {"prefixes"},
     {"__init__"},
     {"info"},
