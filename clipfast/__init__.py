@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clipfast.cached import cached_loss, cached_step
 from clipfast.dispatch import backends
 from clipfast.explanation import Explanation, explain
 from clipfast.functional import contrastive_loss, distillation_loss, siglip_loss
@@ -17,6 +18,8 @@ __all__ = [
     "ProjectionHead",
     "SigLipLoss",
     "backends",
+    "cached_loss",
+    "cached_step",
     "contrastive_loss",
     "distillation_loss",
     "explain",

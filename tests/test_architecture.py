@@ -31,7 +31,7 @@ LAYERS = (
     {"distributed"},
     {"operators"},
     {"functional"},
-    {"modules", "metrics"},
+    {"modules", "metrics", "cached"},
     {"prefixes"},
     {"__init__"},
     {"info"},

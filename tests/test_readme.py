@@ -71,7 +71,7 @@ def test_a_block_runs_when_it_is_pasted(block: str) -> None:
 
 
 def test_no_block_is_forgotten() -> None:
-    assert len(BLOCKS) == README.count("```python") == 13
+    assert len(BLOCKS) == README.count("```python") == 14
     assert all(packages(block) for block in BLOCKS)
 
 
