@@ -1,4 +1,4 @@
-"""What ranks of tests/test_distributed_integrations.py do: other libraries' training, patched or not."""
+"""Training on ranks: other libraries' own, patched or not, and DDP's ways to run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision_stub import make_importable
 from towers import Towers
+
+import clipfast
 
 BATCH, STEPS = 5, 3
 
@@ -120,3 +122,39 @@ def transformers_training(rank: int, group: Any, name: str, whole: bool) -> tupl
     with nullcontext() if whole else integration.patched(model, group=group, backend="torch"):
         train_steps(model, group, loss_of)
     return before, {key: p.detach().clone() for key, p in model.named_parameters()}
+
+
+def against_open_clip(rank: int, group: Any, flags: dict[str, bool]) -> dict[str, tuple[Tensor, Tensor]]:
+    """open_clip's own loss under its flags and clipfast's: the losses, and the gradients after DDP's averaging."""
+    make_importable()
+    open_clip_loss = importlib.import_module("open_clip.loss")
+    torch.manual_seed(rank)
+    images, texts = torch.randn(4, 6), torch.randn(4, 7)
+    found = []
+    for loss in (
+        open_clip_loss.ClipLoss(rank=rank, world_size=dist.get_world_size(), **flags),
+        clipfast.ContrastiveLoss(rank=rank, world_size=dist.get_world_size(), backend="torch", **flags),
+    ):
+        torch.manual_seed(0)
+        model = Towers()
+        with warnings.catch_warnings():
+            # open_clip gathers by a function that torch deprecates.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = DistributedDataParallel(model)  # averages while it lives
+            value = loss(**wrapped(images, texts))
+            value.backward()
+        found.append({"loss": value.detach()} | {name: p.grad for name, p in model.named_parameters()})
+    return {name: (found[0][name], found[1][name]) for name in found[0]}
+
+
+def accumulated(
+    rank: int, group: Any, images: list[list[Tensor]], texts: list[list[Tensor]], scheme: str
+) -> dict[str, Tensor]:
+    """Gradients after two losses of two micro-batches, the first inside DDP's no_sync."""
+    model = Towers().double()
+    wrapped = DistributedDataParallel(model, process_group=group)
+    loss = clipfast.ContrastiveLoss(group=group, scheme=scheme, backend="torch")
+    with wrapped.no_sync():
+        loss(**wrapped(images[0][rank], texts[0][rank])).backward()
+    loss(**wrapped(images[1][rank], texts[1][rank])).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
