@@ -11,7 +11,7 @@ import operator
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -143,7 +143,8 @@ def refusing(group: dist.ProcessGroup, device: torch.device, equal_shards: bool)
         yield
     except (TypeError, ValueError):
         if not equal_shards:
-            _exchange(Ranks.of(group), RECORD.pack(1, 0, 0, 0, *[b""] * VALUES), device)
+            with suppress(RuntimeError):  # of the group, where others have not come; this rank's own says more
+                _exchange(Ranks.of(group), RECORD.pack(1, 0, 0, 0, *[b""] * VALUES), device)
         raise
 
 

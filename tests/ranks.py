@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import math
 import multiprocessing
 import os
@@ -25,7 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torchvision_stub import make_importable
 from towers import Towers
 
 import clipfast
@@ -301,6 +299,35 @@ def call(
     return loss.item()
 
 
+def named(rank: int, group: Any, loss: str, ranks: Sequence[int], world_sizes: Sequence[int]) -> float:
+    """A module's loss with the rank and the world_size that this rank is said to have."""
+    module = getattr(clipfast, loss)(rank=ranks[rank], world_size=world_sizes[rank], backend="torch")
+    x = torch.randn(3, 4)
+    return module(x, x, 2.0, 0.5).item()  # type: ignore[no-any-return]
+
+
+def under_autocast(rank: int, group: Any, x: torch.Tensor, y: torch.Tensor, scheme: str) -> list[list[torch.Tensor]]:
+    """Losses, gradients and counts without autocast and with it."""
+    x, y = (t[rank].detach().requires_grad_() for t in (x, y))
+    found = []
+    for enabled in (False, True):
+        results = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            how = {"normalize": True, "group": group, "scheme": scheme, "backend": "torch"}
+            loss, metrics = clipfast.contrastive_loss(x, y, 14.3, return_metrics=True, **how)
+            results += metrics.values()
+            others = (
+                clipfast.siglip_loss(x, y, 14.3, -3.0, **how),
+                clipfast.distillation_loss(x, y, 14.3, y.detach(), x.detach(), 5.0, **how),
+            )
+            for value in (loss, *others):
+                results += [value.detach(), *torch.autograd.grad(value, (x, y))]
+            options = {"group": group, "scheme": scheme, "backend": "torch"}
+            results += [torch.tensor(v) for v in clipfast.retrieval_metrics(x, y, **options).values()]
+        found.append(results)
+    return found
+
+
 def fail(rank: int, group: Any, how: str, scheme: str) -> float:
     """A rank raises, ends or hangs between the passes of others."""
     # To connect takes a loaded machine longer than a test should wait for a rank that is gone.
@@ -341,26 +368,3 @@ def compiled(rank: int, group: Any) -> tuple[float, float, list[tuple[str, str]]
     expected = torch.autograd.grad(plain, model.image.weight)[0]
     assert torch.allclose(model.image.weight.grad, expected, atol=1e-6)
     return got.item(), plain.item(), breaks
-
-
-def against_open_clip(rank: int, group: Any, flags: dict[str, bool]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """open_clip's own loss under its flags and clipfast's: the losses, and the gradients after DDP's averaging."""
-    make_importable()
-    open_clip_loss = importlib.import_module("open_clip.loss")
-    torch.manual_seed(rank)
-    images, texts = torch.randn(4, 6), torch.randn(4, 7)
-    found = []
-    for loss in (
-        open_clip_loss.ClipLoss(rank=rank, world_size=dist.get_world_size(), **flags),
-        clipfast.ContrastiveLoss(rank=rank, world_size=dist.get_world_size(), backend="torch", **flags),
-    ):
-        torch.manual_seed(0)
-        model = Towers()
-        with warnings.catch_warnings():
-            # open_clip gathers by a function that torch deprecates.
-            warnings.simplefilter("ignore", FutureWarning)
-            wrapped = DistributedDataParallel(model)  # averages while it lives
-            value = loss(**wrapped(images, texts))
-            value.backward()
-        found.append({"loss": value.detach()} | {name: p.grad for name, p in model.named_parameters()})
-    return {name: (found[0][name], found[1][name]) for name in found[0]}

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from oracle import error
-from ranks import Failed, Ranks, against_open_clip, contrastive, cost, mesh_step, step
+from ranks import Failed, Ranks, contrastive, cost, mesh_step, step, under_autocast
 from shards import SCHEMES, SHARDS, Batch, assert_right, joined
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from towers import Towers
+from training_ranks import accumulated, against_open_clip
 
 from clipfast import collectives, dispatch, reference, schemes
 from clipfast.collectives import Shards
@@ -222,3 +224,50 @@ def test_against_open_clip(ranks: Ranks) -> None:
         for name, (theirs, ours) in found.items():
             share = 4 if name.endswith(("weight", "image.bias", "text.bias")) else 1
             assert error(ours, share * theirs) <= 1e-5 * max(1.0, ours.abs().max().item()), name
+
+
+def test_what_local_loss_alone_leaves_out(ranks: Ranks) -> None:
+    """open_clip's without gather_with_grad takes other ranks' features for constants, as docs/many-gpus.md says."""
+    pytest.importorskip("open_clip", reason="open_clip is missing; the extra `open-clip` brings it")
+    batch: list[list[Tensor]] = []
+    for rank in range(4):
+        torch.manual_seed(rank)
+        batch.append([torch.randn(4, 6), torch.randn(4, 7)])
+    torch.manual_seed(0)
+    model = Towers()
+    out = model(*(torch.cat(side) for side in zip(*batch, strict=True)))
+    x, y, scale, labels = out["image_features"], out["text_features"], out["logit_scale"], torch.arange(16)
+    sides = (x, y.detach()), (y, x.detach())
+    loss = sum(cross_entropy(scale * rows @ columns.T, labels) for rows, columns in sides) / 2
+    loss.backward()
+    missing = False
+    for found in ranks.run(against_open_clip, {"local_loss": True, "gather_with_grad": False}):
+        assert not isinstance(found, Failed), found
+        for name, parameter in model.named_parameters():
+            theirs, ours = found[name]
+            if parameter.grad is not None:
+                assert error(theirs, parameter.grad) <= 1e-5 * max(1.0, theirs.abs().max().item()), name
+            missing |= name == "image.weight" and error(ours, theirs) > 0.1 * ours.abs().max().item()
+    assert missing
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_autocast_changes_nothing(ranks: Ranks, scheme: str) -> None:
+    x, y = torch.randn(3, 6, 5), torch.randn(3, 6, 5)
+    for result in ranks.run(under_autocast, x, y, scheme, ranks=range(3)):
+        assert not isinstance(result, Failed), result
+        assert all(torch.equal(one, other) for one, other in zip(*result, strict=True))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_micro_batches_inside_no_sync(ranks: Ranks, scheme: str) -> None:
+    sizes = ([4, 0, 7], [2, 5, 3])
+    images, texts = ([[torch.randn(n, width, dtype=torch.float64) for n in s] for s in sizes] for width in (6, 7))
+    torch.manual_seed(0)
+    model = Towers().double()
+    for own_images, own_texts in zip(images, texts, strict=True):
+        reference.contrastive_loss(*model(torch.cat(own_images), torch.cat(own_texts)).values()).backward()
+    for gradients in ranks.run(accumulated, images, texts, scheme, ranks=range(3)):
+        assert not isinstance(gradients, Failed), gradients
+        for name, parameter in model.named_parameters():
+            assert error(gradients[name], parameter.grad) <= 1e-12 * max(1.0, parameter.grad.abs().max().item()), name

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
 import torch
-from ranks import FAIL_TIMEOUT, Failed, Ranks, call, compiled, fail
+from ranks import FAIL_TIMEOUT, TIMEOUT, Failed, Ranks, call, compiled, fail, named
 from shards import SCHEMES
 
 
@@ -49,6 +50,26 @@ def test_a_rank_that_refuses_its_arguments(ranks: Ranks) -> None:
     assert str(failures[0]) == str(failures[2])
     assert str(failures[0]).startswith("ValueError: group: rank 1 refused its arguments")
     assert len(set(ranks.run(call, [{}] * 3, ranks=range(3)))) == 1
+
+
+@pytest.mark.parametrize("loss", ["ContrastiveLoss", "SigLipLoss"])
+@pytest.mark.parametrize(
+    ("numbers", "sizes", "text"),
+    [
+        ((0, 1, 1, 3), (4, 4, 4, 4), "rank: got 1; accepted is that of torch.distributed, 2"),
+        ((0, 1, 2, 3), (4, 4, 5, 4), "world_size: got 5; accepted is that of torch.distributed, 4"),
+    ],
+)
+def test_a_rank_with_a_wrong_name_ends_all_at_once(
+    ranks: Ranks, numbers: tuple[int, ...], sizes: tuple[int, ...], text: str, loss: str
+) -> None:
+    started = time.monotonic()
+    failures = ranks.run(named, loss, numbers, sizes)
+    assert time.monotonic() - started < TIMEOUT / 2
+    assert str(failures[2]) == f"ValueError: {text}"
+    others = {str(failure) for rank, failure in enumerate(failures) if rank != 2}
+    assert others == {"ValueError: group: rank 2 refused its arguments, with an error of its own; nothing was sent"}
+    assert len(set(ranks.run(named, loss, range(4), [4] * 4))) == 1
 
 
 def test_ranks_may_want_different_gradients(ranks: Ranks) -> None:
