@@ -36,8 +36,12 @@ LAYERS = (
     {"__init__"},
     {"info"},
     # The application: the library must not import it.
-    {"models.clip", "emoji", "emoji.data", "training", "training.checkpoint"},
-    {"models", "emoji.pictures"},
+    {"models.clip", "emoji", "emoji.data", "training"},
+    {"models", "training.checkpoint", "training.job"},
+    {"emoji.pictures", "training.flags", "training.logs", "training.optimization"},
+    {"training.sources", "training.folder", "training.model"},
+    {"training.batches"},
+    {"training.evaluation"},
     {"training.run"},
     {"train"},
     {
