@@ -33,7 +33,10 @@ LAYERS = (
     {"__init__"},
     {"info"},
     # The application: the library must not import it.
-    {"models.clip", "emoji", "emoji.data", "training", "training.checkpoint"},
+    {"models.transformer", "emoji", "emoji.data", "training", "training.checkpoint"},
+    {"models.image", "models.text"},
+    {"models.clip"},
+    {"models.convert", "models.tokenizer", "models.zero_shot"},
     {"models", "emoji.pictures"},
     {"training.run"},
     {"train"},
