@@ -36,7 +36,10 @@ LAYERS = (
     {"__init__"},
     {"info"},
     # The application: the library must not import it.
-    {"models.clip", "emoji", "emoji.data", "training"},
+    {"models.transformer", "emoji", "emoji.data", "training"},
+    {"models.image", "models.text"},
+    {"models.clip"},
+    {"models.convert", "models.tokenizer", "models.zero_shot"},
     {"models", "training.checkpoint", "training.job"},
     {"emoji.pictures", "training.flags", "training.logs", "training.optimization"},
     {"training.sources", "training.folder", "training.model"},
