@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import spawn
 
 import clipfast
 from benchmarks import environment
-from clipfast import dispatch, schemes
+from clipfast import dispatch, predictions, schemes
 
 RANKS = (1, 2, 3, 4)
 ROWS, WIDTH = 512, 512  # of each rank
@@ -55,6 +55,8 @@ class Counter:
         for backend in dispatch.BACKENDS:
             counts.append((backend, "forward", lambda block, *_: self._multiply(block, 1)))
             counts.append((backend, "backward", lambda block, *_: self._multiply(block, 3)))
+            counts.append((backend, "sigmoid", lambda block, *_: self._multiply(block, 3)))
+            counts.append((backend, "distillation", lambda block, *_: self._multiply(block, 4)))
         for owner, name, count in counts:
             self.patches.enter_context(mock.patch.object(owner, name, self._counted(getattr(owner, name), count)))
         return self
@@ -130,7 +132,7 @@ def modelled(gpus: int, setting: Setting) -> list[dict[str, Any]]:
     both_towers = 4 * (gpus - 1) * rows * WIDTH * 2
     found = {"open_clip": (6.0, both_towers), "open_clip, local_loss": (6 / gpus, both_towers)}
     for scheme in (schemes.GATHER, schemes.RING):
-        prediction = schemes.predict(gpus, rows, rows, WIDTH, torch.bfloat16, scheme)
+        prediction = predictions.predict(gpus, rows, rows, WIDTH, torch.bfloat16, scheme)
         found[f"clipfast, {scheme}"] = (prediction.products, prediction.forward_bytes + prediction.backward_bytes)
     result = []
     for name, (products, sent) in found.items():
