@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from ranks import Failed, Ranks, cost
 from shards import SCHEMES, Batch
 
 import clipfast
+from benchmarks import scaling
 from clipfast import collectives, schemes
 from clipfast.collectives import Shards
 from clipfast.predictions import Asked, bytes_sent
@@ -112,3 +114,17 @@ def test_explain_tells_the_scheme_and_why() -> None:
     for wrong, name in (({"world_size": 0}, "world_size"), ({"world_size": 2, "scheme": "tree"}, "scheme")):
         with pytest.raises(ValueError, match=f"{name}: got"):
             clipfast.explain(8, 8, **wrong)
+
+
+def test_scaling_benchmark(tmp_path: Path) -> None:
+    result = scaling.run(scaling.Setting(tflops=400, gigabytes=50), [1, 2], rows=24, rounds=1)
+    for row in result["measured"]:
+        assert row["products"] == pytest.approx(4 / row["ranks"])
+        if row["ranks"] > 1:
+            explained = clipfast.explain(24, scaling.WIDTH, world_size=2, scheme=row["scheme"]).ranks
+            assert explained is not None
+            assert row["bytes_sent"] == explained.forward_bytes + explained.backward_bytes
+    assert [row["ranks"] for row in result["measured"]] == [1, 1, 2, 2]
+    assert scaling.table(result).count("\n") > 40
+    scaling.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
