@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 import multiprocessing
 import os
@@ -204,28 +205,40 @@ def retrieval(
 
 
 def cost(
-    rank: int, group: Any, shards: Sequence[dict[str, Any]], options: dict[str, Any], scheme: str, equal_shards: bool
-) -> tuple[int, int, int, int]:
-    """Bytes sent forward and backward, multiply-adds, and bytes saved between the passes, x and y among them."""
-    from clipfast import distributed
-
+    rank: int,
+    group: Any,
+    name: str,  # of the loss
+    shards: Sequence[dict[str, Any]],
+    options: dict[str, Any],
+    scheme: str = "gather",
+    equal_shards: bool = False,
+) -> tuple[int, int, int, int, int]:
+    """Bytes sent forward and backward, multiply-adds, bytes saved between the passes and the peak, but for x and y."""
     shard, saved = shards[rank], dict[int, int]()
-    x, y = (shard[name].detach().clone().requires_grad_() for name in ("x", "y"))
+    x, y = (shard[key].detach().clone().requires_grad_() for key in ("x", "y"))
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.0))
+    ids = {key: shard[key].clone() for key in ("image_ids", "text_ids") if key in shard}
+    teacher = (x.detach(), y.detach(), 3.0) if name == "distillation_loss" else (bias,)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with Counter() as counter:
+    with (
+        Counter() as counter,
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler,
+    ):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss, *_ = distributed.contrastive_loss(
-                *(x, y, scale, bias, shard.get("image_ids"), shard.get("text_ids"), Options(**DEFAULTS | options)),
-                GroupOptions(group, "mean", scheme, equal_shards),
-            )
+            how = {"group": group, "scheme": scheme, "equal_shards": equal_shards, "backend": "torch"}
+            loss = getattr(clipfast, name)(x, y, scale, *teacher, **ids, **how | options)
+            loss = loss[0] if isinstance(loss, tuple) else loss
         forward = counter.sent
         loss.sum().backward()
-    return forward, counter.sent - forward, counter.products, sum(saved.values())
+    events = profiler.profiler.kineto_results.events()
+    peak = max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    return forward, counter.sent - forward, counter.products, sum(saved.values()), peak
 
 
 def step(

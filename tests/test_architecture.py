@@ -22,7 +22,7 @@ LAYERS = (
     {"backends", "backends.torch", "backends.cpu", "backends.triton"},
     {"collectives"},
     {"schemes"},
-    {"dispatch", "cross_entropy"},
+    {"dispatch", "cross_entropy", "predictions"},
     {"softmax", "autograd", "explanation", "retrieval"},
     {"sigmoid", "distillation"},
     {"distributed.job"},

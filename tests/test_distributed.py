@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 import torch
 from oracle import error
-from ranks import Failed, Ranks, contrastive, cost, mesh_step, step, under_autocast
+from ranks import Failed, Ranks, contrastive, mesh_step, step, under_autocast
 from shards import SCHEMES, SHARDS, Batch, assert_right, joined
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from towers import Towers
 from training_ranks import accumulated, against_open_clip
 
-from clipfast import collectives, dispatch, reference, schemes
-from clipfast.collectives import Shards
+from clipfast import dispatch, reference
 from clipfast.problem import Problem
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -96,51 +95,6 @@ def test_not_finite_input(ranks: Ranks, scheme: str, value: float) -> None:
     for name in ("loss", "dx", "dy", "dscale"):
         assert torch.equal(got[name].isnan(), dense[name].isnan()), name
         assert torch.equal(got[name].isinf(), dense[name].isinf()), name
-
-
-COSTS: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {
-    "plain": ({}, {}),
-    "ignore": ({"same_id": "ignore"}, {"ids": True}),
-    "positive, smoothing": (
-        {"same_id": "positive", "label_smoothing": 0.1},
-        {"ids": True, "positives": True, "smoothing": True},
-    ),
-    "metrics, none": ({"metrics": True, "reduction": "none"}, {"metrics": True, "mean": False}),
-}
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("options", COSTS)
-def test_bytes_sent_and_products(ranks: Ranks, options: str, scheme: str) -> None:
-    """What explain predicts, counted: bytes on every rank, and 4 P over all of them."""
-    chosen, predicted = COSTS[options]
-    for sizes in ([(4, 4)] * 4, [(5, 6), (0, 0), (9, 9), (2, 5)]):
-        batch = Batch(sizes, 8, torch.bfloat16, ids="ids" in predicted)
-        got = ranks.run(cost, batch.shards, chosen, scheme, False)
-        images, texts = zip(*sizes, strict=True)
-        for rank, (forward, backward, products, _) in enumerate(got):
-            shards = Shards(images, texts, True, True)
-            job = schemes.make(scheme, collectives.Ranks(None, rank, 4), shards, 8, torch.bfloat16)
-            assert schemes.bytes_sent(job, 8, torch.bfloat16, **predicted) == (forward, backward)
-            assert products == 4 * images[rank] * batch.m * 8
-    prediction = schemes.predict(4, 4, 4, 8, torch.bfloat16, scheme, **predicted)
-    batch = Batch([(4, 4)] * 4, 8, torch.bfloat16, ids="ids" in predicted)
-    for forward, backward, products, _ in ranks.run(cost, batch.shards, chosen, scheme, False):
-        assert (prediction.forward_bytes, prediction.backward_bytes) == (forward, backward)
-        assert prediction.products * batch.n * batch.m * 8 == products
-
-
-def test_saved_bytes_of_the_ring_are_flat(ranks: Ranks) -> None:
-    saved = {}
-    for count in (2, 3, 4):
-        batch = Batch([(32, 40)] * count, 16, torch.float32)
-        for scheme in SCHEMES:
-            results = ranks.run(cost, batch.shards, {"normalize": True}, scheme, True, ranks=range(count))
-            assert len({result[3] for result in results}) == 1
-            saved[scheme, count] = results[0][3]
-    assert saved["ring", 2] == saved["ring", 3] == saved["ring", 4]
-    for count in (2, 3, 4):
-        assert saved["gather", count] - saved["ring", count] == 40 * count * 16 * 4
 
 
 def trained(images: list[Tensor], texts: list[Tensor]) -> tuple[list[float], dict[str, Tensor]]:
