@@ -37,7 +37,9 @@ LAYERS = (
     {"models.image", "models.text"},
     {"models.clip"},
     {"models.convert", "models.tokenizer", "models.zero_shot"},
-    {"models", "emoji.pictures"},
+    {"models", "emoji.encoder", "emoji.minilm", "emoji.pictures", "emoji.words"},
+    {"emoji.demo"},
+    {"emoji.__main__"},
     {"training.run"},
     {"train"},
     {
