@@ -31,6 +31,7 @@ class Explanation:
     dense_logits_bytes: int
     forward_products: int
     backward_products: int
+    keeps_logits: bool
 
     def __str__(self) -> str:
         p = self.problem
@@ -42,7 +43,8 @@ class Explanation:
             f"saved for backward:  {_mib(self.saved_bytes)}",
             f"workspace at most:   {_mib(self.workspace_bytes)}",
             f"gradients dx, dy:    {_mib(self.gradient_bytes)}",
-            f"one n*m logits copy: {_mib(self.dense_logits_bytes)} (never stored)",
+            f"one n*m logits copy: {_mib(self.dense_logits_bytes)} "
+            f"({'kept for the backward pass, for it is small' if self.keeps_logits else 'never stored'})",
             f"products: {self.forward_products} P forward, {self.backward_products} P backward",
         ]
         return "\n".join(lines)
@@ -60,6 +62,7 @@ def explain(
     label_smoothing: float = 0.0,
     same_id: str | None = None,
     return_metrics: bool = False,
+    keep_bytes: int | None = None,
     backend: str = "auto",
 ) -> Explanation:
     """Tell what would run for image features [n, d] and text features [m, d] (m = n if not given), and what it costs.
@@ -83,6 +86,7 @@ def explain(
     arguments.choice("loss", loss, tuple(LOSSES))
     arguments.flag("normalize", normalize)
     arguments.flag("return_metrics", return_metrics)
+    arguments.bytes_or_none("keep_bytes", keep_bytes)
     label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
     if same_id is not None:
         arguments.choice("same_id", same_id, SAME_IDS)
@@ -90,6 +94,7 @@ def explain(
     problem = Problem(n, m, d, dtype, torch.device(device), needs)
     chosen = dispatch.select(problem, arguments.backend_name(backend))
     module = dispatch.get(chosen)
+    keeps = loss == "contrastive" and dispatch.keeps_logits(chosen, n, m, dtype, keep_bytes)
     memory = Memory(
         problem,
         workspace=module.workspace_bytes(problem),
@@ -97,8 +102,10 @@ def explain(
         label_smoothing=bool(label_smoothing),
         adds_positives=same_id == POSITIVE and loss == "contrastive",
         folds_norms=module.folds_norms(dtype),
+        kept=dispatch.kept_bytes(chosen, n, m, dtype) if keeps else 0,
     )
     forward_products, backward_products = PRODUCTS[loss]
+    backward_products -= keeps
     return Explanation(
         problem=problem,
         chosen=chosen,
@@ -107,6 +114,7 @@ def explain(
         workspace_bytes=memory.workspace_bytes,
         gradient_bytes=problem.input_bytes,
         dense_logits_bytes=problem.n * problem.m * 4,
+        keeps_logits=keeps,
         forward_products=forward_products,
         backward_products=backward_products,
     )
