@@ -2,8 +2,8 @@
 
 Rounds are interleaved: each round times every candidate and the GEMM once, in rotating order, so that a slow spell of
 the machine hits all alike. P is a candidate's median time over the median of one product [n, d] x [d, n] in them, by
-the fastest of this machine's libraries. On a CPU the rounds measure the processor's multiply-add peak too: a candidate's
-share of it is what it multiplies, over its time. On a GPU it is the share of the product's rate.
+the fastest of this machine's libraries. On a CPU the rounds measure the processor's multiply-add peak too: the share of
+it that a candidate has is what it multiplies, over its time. On a GPU it is the share of the product's rate.
 The file is written after every case and is whole at any moment; a later run of the same commit goes on from there, one
 of another commit, or of changes that no commit names, needs another file.
 """
