@@ -41,11 +41,20 @@ docs: $(VENV)/dev.stamp
 # The compiled kernels by themselves: every instruction set that this processor has, AMX emulated, over awkward shapes.
 sanitize: sanitize-address,undefined sanitize-thread
 
-sanitize-%: tests/sanitize.cpp $(wildcard csrc/*)
-	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -Wno-psabi -fno-sanitize-recover=all -fsanitize=$* -DCLIPFAST_EMULATE_AMX \
-	  $(filter-out csrc/bindings.cpp, $(filter %.cpp, $^)) -o build/$@ -pthread
-	build/$@
+# Each file by itself, two at a time.
+SANITIZED = tests/sanitize.cpp $(filter-out csrc/bindings.cpp, $(wildcard csrc/*.cpp))
+SANITIZE_FLAGS = -std=c++17 -O1 -g -Wno-psabi -fno-sanitize-recover=all -fsanitize=$(SANITIZER) -DCLIPFAST_EMULATE_AMX -pthread
+
+sanitize-%:
+	$(MAKE) --jobs 2 SANITIZER=$* build/sanitize/$*/run
+	build/sanitize/$*/run
+
+build/sanitize/$(SANITIZER)/run: $(SANITIZED:%.cpp=build/sanitize/$(SANITIZER)/%.o)
+	$(CXX) $(SANITIZE_FLAGS) $^ -o $@
+
+build/sanitize/$(SANITIZER)/%.o: %.cpp $(wildcard csrc/*.h tests/*.h)
+	mkdir -p $(@D)
+	$(CXX) $(SANITIZE_FLAGS) -c $< -o $@
 
 # torch comes first and alone: constraints.txt pins it, so that nothing pulls another build. The editable install lets
 # the source tree find its compiled extension.

@@ -37,6 +37,7 @@ class Candidate:
         dtypes: what it takes.
         scale_gradient: whether it differentiates by the scale.
         missing: why it cannot run at all here.
+        multiplies: how many products of n*n*d it computes, forward and backward; 0 if nobody counted.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Candidate:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     scale_gradient: bool = True
     missing: str = ""
+    multiplies: Callable[[Case, str], float] | float = 0
 
     def reason(self, case: Case, device: str, memory_bytes: int) -> str:
         """Why it cannot run the case, or an empty text."""
@@ -62,6 +64,9 @@ class Candidate:
         if needed > 0.8 * memory_bytes:
             return f"needs about {needed / 2**30:.0f} GiB of {memory_bytes / 2**30:.0f}"
         return ""
+
+    def products(self, case: Case, device: str) -> float:
+        return self.multiplies if isinstance(self.multiplies, (int, float)) else self.multiplies(case, device)
 
 
 def open_clip_formula(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -155,10 +160,19 @@ def clipfast_loss(backend: str) -> Loss:
     return lambda x, y, s: clipfast.contrastive_loss(x, y, s, backend=backend)
 
 
+def clipfast_products(backend: str, case: Case, device: str) -> float:
+    explanation = clipfast.explain(case.n, case.d, case.dtype, device, backend=backend)
+    return explanation.forward_products + explanation.backward_products
+
+
 def candidates(device: str) -> tuple[Candidate, ...]:
     """Clipfast's backends that can run on the device, then the others."""
     ours = tuple(
-        Candidate(f"clipfast {name}", functools.partial(clipfast_loss, name))
+        Candidate(
+            f"clipfast {name}",
+            functools.partial(clipfast_loss, name),
+            multiplies=functools.partial(clipfast_products, name),
+        )
         for name, reasons in dispatch.backends(device).items()
         if not reasons
     )
@@ -166,14 +180,17 @@ def candidates(device: str) -> tuple[Candidate, ...]:
 
 
 OTHERS = (
-    Candidate("open_clip formula", lambda: open_clip_formula, dense_copies=4.5),
-    Candidate("transformers formula", lambda: transformers_formula, dense_copies=5),
-    Candidate("open_clip formula, torch.compile", lambda: compiled(open_clip_formula), dense_copies=4.5),
-    Candidate("transformers formula, torch.compile", lambda: compiled(transformers_formula), dense_copies=5),
+    Candidate("open_clip formula", lambda: open_clip_formula, dense_copies=4.5, multiplies=6),
+    Candidate("transformers formula", lambda: transformers_formula, dense_copies=5, multiplies=3),
+    Candidate("open_clip formula, torch.compile", lambda: compiled(open_clip_formula), dense_copies=4.5, multiplies=6),
+    Candidate(
+        "transformers formula, torch.compile", lambda: compiled(transformers_formula), dense_copies=5, multiplies=3
+    ),
     Candidate(
         "torch linear_cross_entropy, twice",
         torch_linear_cross_entropy,
         missing="" if hasattr(torch.nn.functional, "linear_cross_entropy") else "needs torch 2.13",
+        multiplies=6,
     ),
     Candidate("row chunks: GEMM + one Triton pass", chunked_gemm, "triton", devices=("cuda",)),
     Candidate("memeff", memeff, "memeff", devices=("cuda",), scale_gradient=False),

@@ -54,12 +54,29 @@ def speed_table(result: dict[str, Any]) -> str:
                 parts.append(f"| {name} | {' | '.join(cells.get(n, '') for n in sizes)} |")
         parts.append("")
     parts.append(
-        "1 P is one `torch.mm` of the same shape and dtype in the same rounds. An exact loss that stores no logits "
-        "multiplies 4 P, in less time where its products are faster than `torch.mm`. Medians of interleaved rounds; an "
-        "empty cell did not fit the budget. "
-        f"{environment.credit(result)}."
+        f"1 P is one {_product_name(result)} of the same shape and dtype in the same rounds. An exact loss that stores "
+        "no logits multiplies 4 P, in less time where its products are faster. Medians of interleaved rounds; an empty "
+        f"cell did not fit the budget. {_peak(result)}{environment.credit(result)}."
     )
     return "\n".join(parts)
+
+
+def _product_name(result: dict[str, Any]) -> str:
+    libraries = {row.get("gemm_library", "torch") for row in result["rows"] if row["status"] == "ok"}
+    return "`torch.mm`, or NumPy's product where that is faster," if "numpy" in libraries else "`torch.mm`"
+
+
+def _peak(result: dict[str, Any]) -> str:
+    """What part of the processor's multiply-add peak clipfast reaches, where the rounds have measured it."""
+    texts = []
+    for dtype in ("float32", "bfloat16"):
+        rows = [r for r in _main_line(result) if r["dtype"] == dtype and r["candidate"] == "clipfast cpu"]
+        shares = [(r["n"], r["share_of_limit"], r["peak_flops"]) for r in rows if "peak_flops" in r]
+        if shares:
+            listed = ", ".join(f"{share:.0%} at n = {n}" for n, share, _ in sorted(shares))
+            flops = max(peak for *_, peak in shares)
+            texts.append(f"{dtype}: {flops / 1e9:.0f} GFLOP/s, of which clipfast multiplies at {listed}. ")
+    return f"The multiply-add peak in those rounds, {''.join(texts)}" if texts else ""
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -89,9 +106,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """
     rows = [row for row in _main_line(result) if row["status"] == "ok" and row["dtype"] != "float16"]
     names = list(dict.fromkeys(row["candidate"] for row in rows))
+    of_peak = all("peak_flops" in row for row in rows)
+    share = "share of the multiply-add peak, %" if of_peak else "share of the limit (4 P / P), %"
     panels: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
         ("forward + backward, ms", lambda row: 1e3 * row["total"]["median"]),
-        ("share of the limit (4 P / P), %", lambda row: 100 * row["share_of_limit"]),
+        (share, lambda row: 100 * row["share_of_limit"]),
         ("peak extra memory, MiB", lambda row: max(row["peak_bytes"], 2**18) / 2**20),
     )
     dtypes = [dtype for dtype in ("float32", "bfloat16") if any(row["dtype"] == dtype for row in rows)]
@@ -111,6 +130,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     markersize=5,
                     label=name,
                 )
+            if title == share:
+                axes.axhline(100, color="#888888", linewidth=1, linestyle="--")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_title(f"{title}, {dtype}", fontsize=11)

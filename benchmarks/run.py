@@ -1,7 +1,9 @@
 """Time all candidates on all cases within a budget, each checked before its time counts; the result is a JSON file.
 
 Rounds are interleaved: each round times every candidate and the GEMM once, in rotating order, so that a slow spell of
-the machine hits all alike. P is a candidate's median time over the median of torch.mm [n, d] x [d, n] in them.
+the machine hits all alike. P is a candidate's median time over the median of one product [n, d] x [d, n] in them, by
+the fastest of this machine's libraries. On a CPU the rounds measure the processor's multiply-add peak too: the share of
+it that a candidate has is what it multiplies, over its time. On a GPU it is the share of the product's rate.
 The file is written after every case and is whole at any moment; a later run of the same commit goes on from there, one
 of another commit, or of changes that no commit names, needs another file.
 """
@@ -20,12 +22,12 @@ import torch
 from torch import Tensor
 
 import clipfast
-from benchmarks import environment
+from benchmarks import environment, peak
 from benchmarks.baselines import Candidate, Loss, candidates
 from benchmarks.cases import Case, grid, inputs
 from clipfast import reference
 
-FORWARD_PRODUCTS, PRODUCTS = 1, 4  # the least an exact loss without stored logits can do
+PRODUCTS = 4  # the least an exact loss without stored logits can do
 MOST_ROUNDS, FEWEST_ROUNDS = 30, 3
 SECONDS_PER_CANDIDATE = 1.5  # of timed rounds, where the fewest rounds take less
 DENSE_TRUTH_ROWS = 4096
@@ -134,20 +136,27 @@ class Runner:
     ) -> None:
         """Fill in the times of interleaved rounds, P, and the share of the limit."""
         timed: dict[str, list[tuple[float, float]]] = {name: [] for name in losses}
-        gemms: list[float] = []
+        gemms: dict[str, list[float]] = {name: [] for name in products(case, self.device)}
+        peaks: list[float] = []
         slowest = 0.0
         for name, loss in losses.items():
             slowest = max(slowest, once(loss, *next(sets), self.device)[1])
-            rows[name]["peak_bytes"] = peak(loss, *next(sets), self.device)
-        gemm(*next(sets), self.device)
+            rows[name]["peak_bytes"] = peak_bytes(loss, *next(sets), self.device)
+        for library in gemms:
+            gemm(*next(sets), self.device, library)
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_PER_CANDIDATE / max(slowest, 1e-6))))
         names = list(losses)
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
                 timed[name].append(once(losses[name], *next(sets), self.device))
-            gemms.append(gemm(*next(sets), self.device))
+            for library, seconds in gemms.items():
+                seconds.append(gemm(*next(sets), self.device, library))
+            if self.device == "cpu" and peak.available():
+                peaks.append(peak.multiply_adds_per_second(case.dtype))
+        library = min(gemms, key=lambda name: statistics.median(gemms[name]))
+        multiplies = {candidate.name: candidate.products(case, self.device) for candidate in self.candidates}
         for name, times in timed.items():
-            unit = statistics.median(gemms)
+            unit = statistics.median(gemms[library])
             total = statistics.median(t for _, t in times)
             forward = statistics.median(t for t, _ in times)
             self._note_pace(name, case, total)
@@ -155,11 +164,17 @@ class Runner:
                 "rounds": rounds,
                 "forward": spread([t for t, _ in times]),
                 "total": spread([t for _, t in times]),
-                "gemm": spread(gemms),
+                "gemm": spread(gemms[library]),
+                "gemm_library": library,
                 "products_forward": forward / unit,
                 "products": total / unit,
                 "share_of_limit": PRODUCTS * unit / total,
             }
+            if peaks:
+                highest = max(peaks)
+                multiplied = 2 * multiplies[name] * case.n**2 * case.d
+                rows[name] |= {"multiplied": multiplies[name], "peak_flops": highest}
+                rows[name]["share_of_limit"] = multiplied / total / highest
             if self.device == "cuda":
                 rows[name]["tflops"] = 2 * PRODUCTS * case.n**2 * case.d / total / 1e12
 
@@ -224,9 +239,19 @@ def _events(count: int) -> list[Any]:
     return [make(enable_timing=True) for _ in range(count)]
 
 
-def gemm(x: Tensor, y: Tensor, s: Tensor, device: str) -> float:
+def products(case: Case, device: str) -> tuple[str, ...]:
+    """The libraries whose matrix product is tried."""
+    return ("torch", "numpy") if device == "cpu" and case.dtype == "float32" else ("torch",)
+
+
+def gemm(x: Tensor, y: Tensor, s: Tensor, device: str, library: str = "torch") -> float:
     """Seconds of the product of the same shape and dtype."""
     x, y = x.detach(), y.detach()
+    if library == "numpy":
+        a, b = x.numpy(), y.numpy()
+        begin = time.perf_counter()
+        a @ b.T
+        return time.perf_counter() - begin
     if device == "cuda":
         marks = _events(2)
         marks[0].record()
@@ -239,7 +264,7 @@ def gemm(x: Tensor, y: Tensor, s: Tensor, device: str) -> float:
     return time.perf_counter() - begin
 
 
-def peak(loss: Loss, x: Tensor, y: Tensor, s: Tensor, device: str) -> int:
+def peak_bytes(loss: Loss, x: Tensor, y: Tensor, s: Tensor, device: str) -> int:
     """Peak extra bytes of forward and backward, gradients included."""
     memory = environment.PeakMemory(device)
     memory.start()
@@ -261,7 +286,7 @@ def line(row: dict[str, Any]) -> str:
         f"{1e3 * row['forward']['median']:>9.2f} ms fwd",
         f"{1e3 * total['median']:>9.2f} ms fwd+bwd ({1e3 * total['min']:.2f}-{1e3 * total['max']:.2f})",
         f"{row['products']:>6.1f} P",
-        f"{row['share_of_limit']:>5.0%} of the limit",
+        f"{row['share_of_limit']:>5.0%} of the {'peak' if 'peak_flops' in row else 'limit'}",
         f"{row['peak_bytes'] / 2**20:>8.0f} MiB",
     ]
     if "tflops" in row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from clipfast.cached import cached_loss, cached_step
 from clipfast.dispatch import backends
 from clipfast.explanation import Explanation, explain
-from clipfast.functional import contrastive_loss, distillation_loss, siglip_loss
+from clipfast.functional import contrastive_loss, distillation_loss, projected_contrastive_loss, siglip_loss
 from clipfast.metrics import retrieval_metrics
 from clipfast.modules import ContrastiveLoss, ProjectionHead, SigLipLoss
 from clipfast.prefixes import matryoshka
@@ -24,6 +24,7 @@ __all__ = [
     "distillation_loss",
     "explain",
     "matryoshka",
+    "projected_contrastive_loss",
     "retrieval_metrics",
     "siglip_loss",
 ]

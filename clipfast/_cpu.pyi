@@ -1,7 +1,7 @@
 # Addresses are data_ptr(), 0 where there is nothing. csrc/block.h says what the nouns hold.
 
 class Matrix:
-    def __init__(self, data: int, rows: int, cols: int, row_stride: int, col_stride: int) -> None: ...
+    def __init__(self, data: int, rows: int, cols: int, row_stride: int, col_stride: int, factors: int = 0) -> None: ...
 
 class Block:
     def __init__(
@@ -23,7 +23,9 @@ class Matches:
     def __init__(self, rows: int = 0, cols: int = 0) -> None: ...
 
 class Statistics:
-    def __init__(self, row_lse: int, col_lse: int, positive: int, row_above: int = 0, col_above: int = 0) -> None: ...
+    def __init__(
+        self, row_lse: int, col_lse: int, positive: int, row_above: int = 0, col_above: int = 0, kept: int = 0
+    ) -> None: ...
 
 class Weights:
     def __init__(
@@ -35,6 +37,7 @@ class Weights:
         positive_weight: int,
         row_target: int = 0,
         col_target: int = 0,
+        kept: int = 0,
     ) -> None: ...
 
 class Gradients:
@@ -42,6 +45,9 @@ class Gradients:
 
 class Crosses:
     def __init__(self, rows: int, cols: int) -> None: ...
+
+KEPT_HEAD: int
+KEPT_PADDING: int
 
 def instruction_sets() -> list[tuple[str, bool]]: ...
 def forward(isa: str, block: Block, matches: Matches, out: Statistics, threads: int, /) -> None: ...
@@ -65,17 +71,9 @@ def workspace_bytes(
     isa: str, block: Block, *, ranks: bool = False, sigmoid: bool = False, distillation: bool = False, threads: int
 ) -> int: ...
 def symmetric_cross_entropy(row_lse: int, col_lse: int, positive: int, n: int, /) -> float: ...
-def symmetric_cross_entropy_weights(
-    row_lse: int,
-    col_lse: int,
-    positive: int,
-    n: int,
-    m: int,
-    gradient: float,
-    row_weight: int,
-    col_weight: int,
-    positive_weight: int,
-    /,
-) -> None: ...
+def symmetric_gradients(
+    isa: str, block: Block, statistics: Statistics, gradient: float, out: Gradients, threads: int, /
+) -> tuple[float, float]: ...
+def multiply_adds(isa: str, dtype: str, rounds: int, /) -> float: ...
 def exp2(isa: str, dtype: str, x: int, out: int, count: int, /) -> None: ...
 def softplus_and_sigmoid(isa: str, dtype: str, x: int, softplus: int, sigmoid: int, count: int, /) -> None: ...

@@ -36,14 +36,15 @@ def feature_pair(
     image_features: object, text_features: object, names: tuple[str, str] = NAMES, fewest_rows: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Both feature matrices, checked, resolved to plain memory and promoted to one dtype."""
-    both = zip(names, (image_features, text_features), strict=True)
-    images, texts = (features(name, value, fewest_rows) for name, value in both)
+    images, texts = features(names[0], image_features, fewest_rows), features(names[1], text_features, fewest_rows)
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"{names[1]}: got shape {shape(texts)}; its d must be that of {names[0]}, {shape(images)}")
     if images.device != texts.device:
         raise ValueError(
             f"{names[1]}: is on {texts.device}; {names[0]} is on {images.device}, both must be on one device"
         )
+    if images.dtype == texts.dtype:
+        return images, texts
     promoted = torch.promote_types(images.dtype, texts.dtype)
     return images.to(promoted), texts.to(promoted)
 
@@ -64,6 +65,21 @@ def features(name: str, value: object, fewest_rows: int = 1) -> Tensor:  # [rows
     return plain(name, value)
 
 
+def projection(name: str, value: object, matrix_name: str, matrix: object, fewest_rows: int = 1) -> Tensor:
+    """The features' product with a matrix [d, d'], both checked."""
+    rows, weights = features(name, value, fewest_rows), features(matrix_name, matrix)
+    if rows.shape[1] != weights.shape[0]:
+        raise ValueError(
+            f"{matrix_name}: got shape {shape(weights)}; its rows must be the columns of {name}, {shape(rows)}"
+        )
+    if rows.device != weights.device:
+        raise ValueError(
+            f"{matrix_name}: is on {weights.device}; {name} is on {rows.device}, both must be on one device"
+        )
+    promoted = torch.promote_types(rows.dtype, weights.dtype)
+    return rows.to(promoted) @ weights.to(promoted)
+
+
 def plain(name: str, value: Tensor) -> Tensor:
     """The tensor with its lazy negations carried out and its lazy zeros in memory: kernels read memory."""
     if torch.compiler.is_compiling():
@@ -80,6 +96,8 @@ def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -
             raise TypeError(f"{name}: got a tensor of {value.dtype}; accepted is a real one")
         if value.numel() != 1:
             raise ValueError(f"{name}: got shape {shape(value)}; accepted is a single element")
+        if not value.ndim and value.dtype == dtype and value.device == device:
+            return value
         return value.reshape(()).to(device=device, dtype=dtype)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type_name(value)}; accepted is a number or a tensor of one element")
@@ -156,6 +174,11 @@ def positive_integer(name: str, value: object) -> int:
     if value < 1:
         raise ValueError(f"{name}: got {value}; accepted is an integer from 1")
     return int(value)
+
+
+def bytes_or_none(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 0):
+        raise TypeError(f"{name}: got {value!r}; accepted is a number of bytes, or None")
 
 
 def backend_name(value: object) -> str:

@@ -80,6 +80,18 @@ def differentiable(
 
     Eager.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
 
+    class Plain(torch.autograd.Function):
+        """Eager, where no transform of functorch looks on: those need setup_context, which binds a signature."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+            outputs = forward(*inputs)
+            setup_context(ctx, inputs, outputs)
+            return outputs
+
+        backward = Eager.backward
+        jvp = _Function.jvp
+
     class EagerBackward(_Function):
         @staticmethod
         def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -97,7 +109,8 @@ def differentiable(
 
     def apply(*inputs: Any) -> tuple[Tensor, ...]:
         if not _watched(inputs):
-            return Eager.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+            function = Eager if torch._C._are_functorch_transforms_active() else Plain
+            return function.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
         return operator(*inputs)  # type: ignore[no-any-return]
 
     apply.operator = operator  # type: ignore[attr-defined]

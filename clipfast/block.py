@@ -33,6 +33,7 @@ class Block:
     row_ids: Tensor | None = None  # [n], int32
     col_ids: Tensor | None = None  # [m], int32
     same_id: str = IGNORE
+    keep: bool = False  # whether `forward` is to keep the logits, where the backend can
 
     @property
     def n(self) -> int:
@@ -82,6 +83,7 @@ class Statistics(NamedTuple):
     positive: Tensor  # [n]
     row_above: Tensor | None = None  # [n], int32: how many negatives are not below the row's match
     col_above: Tensor | None = None  # [m], int32
+    kept: Tensor | None = None  # the logits, as the backend that formed them takes them up again; opaque to all others
 
 
 class Weights(NamedTuple):
@@ -94,6 +96,7 @@ class Weights(NamedTuple):
     positive_weight: Tensor  # [n]
     row_target: Tensor | None = None  # [n], of same pairs that are positives
     col_target: Tensor | None = None  # [m]
+    kept: Tensor | None = None  # of `Statistics`
 
 
 class Gradients(NamedTuple):

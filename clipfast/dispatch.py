@@ -8,12 +8,15 @@ from types import ModuleType
 import torch
 
 from clipfast.backends import cpu, torch as torch_backend, triton
-from clipfast.problem import Problem
+from clipfast.problem import Problem, accumulation_dtype
 
 # `auto` takes the first without a reason against itself, so the order is the order of speed.
 BACKENDS: tuple[ModuleType, ...] = (triton, cpu, torch_backend)
 
 ENVIRONMENT_VARIABLE = "CLIPFAST_BACKEND"
+
+KEEP_VARIABLE = "CLIPFAST_KEEP_BYTES"
+KEEP_BYTES = 64 << 20  # of logits between the passes; beyond it the memory costs what the product would
 
 
 def names() -> tuple[str, ...]:
@@ -55,6 +58,33 @@ def select(problem: Problem, backend: str = "auto") -> str:
             return str(candidate.NAME)
         refusals += [f"{candidate.NAME}: {reason}" for reason in reasons]
     raise ValueError(f"{source}: {backend!r} cannot run this problem. " + "; ".join(refusals))
+
+
+def kept_bytes(backend: str, n: int, m: int, dtype: torch.dtype) -> int:
+    """Of the logits of an [n, m] block, where the backend can keep them for the backward pass; 0 where it cannot."""
+    of_backend = getattr(get(backend), "kept_size", None)
+    return of_backend(n, m) * accumulation_dtype(dtype).itemsize if of_backend else 0
+
+
+def keeps_logits(backend: str, n: int, m: int, dtype: torch.dtype, keep_bytes: int | None = None) -> bool:
+    """Whether the logits of an [n, m] block are kept: where they fit into `keep_bytes`.
+
+    None asks the environment variable CLIPFAST_KEEP_BYTES, and where that is unset or empty takes KEEP_BYTES.
+
+    Raises:
+        ValueError: the environment variable is no number of bytes.
+    """
+    if keep_bytes is None:
+        keep_bytes = _keep_bytes(os.environ.get(KEEP_VARIABLE))
+    return 0 < kept_bytes(backend, n, m, dtype) <= keep_bytes
+
+
+def _keep_bytes(named: str | None) -> int:
+    if not named:
+        return KEEP_BYTES
+    if not named.isdecimal():
+        raise ValueError(f"{KEEP_VARIABLE}: got {named!r}; accepted is a number of bytes")
+    return int(named)
 
 
 def _reasons_against(candidate: ModuleType, problem: Problem, backend: str) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class Explanation:
     dense_logits_bytes: int
     forward_products: float
     backward_products: float
+    keeps_logits: bool
     ranks: Prediction | None = None
 
     def __str__(self) -> str:
@@ -45,7 +46,8 @@ class Explanation:
             f"saved for backward:  {_mib(self.saved_bytes)}",
             f"workspace at most:   {_mib(self.workspace_bytes)}",
             f"gradients dx, dy:    {_mib(self.gradient_bytes)}",
-            f"one n*m logits copy: {_mib(self.dense_logits_bytes)} (never stored)",
+            f"one n*m logits copy: {_mib(self.dense_logits_bytes)} "
+            f"({'kept for the backward pass, for it is small' if self.keeps_logits else 'never stored'})",
             f"products: {self.forward_products:g} P forward, {self.backward_products:g} P backward",
         ]
         if self.ranks is not None:
@@ -73,6 +75,7 @@ def explain(
     world_size: int = 1,
     scheme: str = AUTO,
     equal_shards: bool = False,
+    keep_bytes: int | None = None,
     backend: str = "auto",
 ) -> Explanation:
     """Tell what would run for image features [n, d] and text features [m, d] (m = n if not given), and what it costs.
@@ -98,6 +101,7 @@ def explain(
     arguments.choice("loss", loss, tuple(LOSSES))
     arguments.flag("normalize", normalize)
     arguments.flag("return_metrics", return_metrics)
+    arguments.bytes_or_none("keep_bytes", keep_bytes)
     label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
     if same_id is not None:
         arguments.choice("same_id", same_id, SAME_IDS)
@@ -116,6 +120,7 @@ def explain(
     chosen = dispatch.select(problem, arguments.backend_name(backend))
     module = dispatch.get(chosen)
     workspace = module.workspace_bytes(problem)
+    keeps = loss == "contrastive" and not ranks and dispatch.keeps_logits(chosen, n, m, dtype, keep_bytes)
     memory = Memory(
         problem,
         workspace=workspace,
@@ -123,8 +128,10 @@ def explain(
         label_smoothing=bool(label_smoothing),
         adds_positives=adds_positives,
         folds_norms=module.folds_norms(dtype),
+        kept=dispatch.kept_bytes(chosen, n, m, dtype) if keeps else 0,
     )
     forward_products, backward_products = PRODUCTS[loss]
+    backward_products -= keeps
     return Explanation(
         problem=problem,
         chosen=chosen,
@@ -133,6 +140,7 @@ def explain(
         workspace_bytes=workspace + ranks.workspace_bytes if ranks else memory.workspace_bytes,
         gradient_bytes=(n + m) * d * dtype.itemsize,
         dense_logits_bytes=n * world_size * m * 4,
+        keeps_logits=keeps,
         forward_products=ranks.forward_products if ranks else forward_products,
         backward_products=ranks.backward_products if ranks else backward_products,
         ranks=ranks,

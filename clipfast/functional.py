@@ -38,6 +38,7 @@ def contrastive_loss(
     grad_reduction: str = "mean",
     scheme: str = "auto",
     equal_shards: bool = False,
+    keep_bytes: int | None = None,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # 0-D; with return_metrics (Tensor, dict of 0-D tensors)
@@ -50,7 +51,8 @@ def contrastive_loss(
         loss = (cross_entropy(logits, labels) + cross_entropy(logits.T[:n], labels)) / 2
 
     in value and in the gradients of all four inputs. Forward and backward together cost four n*m*d matrix products
-    and O((n + m) d) memory. Logits and sums are float32 (float64 for float64 features), also under autocast.
+    and O((n + m) d) memory, three where the logits of a small batch fit a constant (`keep_bytes`) and stay between
+    the passes. Logits and sums are float32 (float64 for float64 features), also under autocast.
 
     Args:
         image_features: [n, d], n >= 1, any strides; float32, bfloat16, float16 or float64. Row i belongs to text row i.
@@ -77,6 +79,9 @@ def contrastive_loss(
             ranks) or "auto", which gathers where all texts and their gradients take no more than 4 GiB.
         equal_shards: a promise that all ranks call with the same shapes, dtypes, options and wanted gradients. They do
             not compare them then, and do not wait for the device.
+        keep_bytes: so many bytes of logits may stay between the passes. Where all fit, in one process, the backward
+            pass of `cpu` does not recompute them, with the same result to the last bit. None for the environment
+            variable CLIPFAST_KEEP_BYTES, or 64 MiB; 0 never keeps them.
         deterministic: every backend repeats bitwise, so None, True and False give the same result.
         backend: "auto" or a name from `clipfast.backends()`; a name never falls back to another backend.
 
@@ -97,6 +102,7 @@ def contrastive_loss(
         arguments.choice("reduction", reduction, REDUCTIONS)
         arguments.choice("same_id", same_id, SAME_IDS)
         arguments.flag("return_metrics", return_metrics)
+        arguments.bytes_or_none("keep_bytes", keep_bytes)
         label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
         x, y = arguments.matched_features(image_features, text_features, fewest_rows=0 if ranks else 1)
         ids = arguments.ids(image_ids, text_ids, x, y)
@@ -108,13 +114,16 @@ def contrastive_loss(
         of_one: dict[str, Any] = {
             "normalize": normalize, "label_smoothing": label_smoothing, "reduction": reduction, "image_ids": image_ids,
             "text_ids": text_ids, "same_id": same_id, "return_metrics": return_metrics, "group": group,
-            "grad_reduction": grad_reduction, "scheme": scheme, "equal_shards": equal_shards, "backend": backend,
+            "grad_reduction": grad_reduction, "scheme": scheme, "equal_shards": equal_shards,
+            "keep_bytes": keep_bytes, "backend": backend,
         }  # fmt: skip
         return _with_bias_of_candidates(x, y, logit_scale, biases, direction, **of_one)
-    options = Options(normalize, label_smoothing, direction, reduction, same_id, return_metrics, backend)
+    keep = ranks is None and _wants_gradients(x, y, scale, bias)
+    keep = keep and dispatch.keeps_logits(backend, len(x), len(y), x.dtype, keep_bytes)
+    options = Options(normalize, label_smoothing, direction, reduction, same_id, return_metrics, backend, keep)
     if ranks is None:
         numbers = arguments.numbered_ids(*ids, x, y)
-        loss, _, _, _, row_above, col_above = operators.contrastive_loss(x, y, scale, bias, *numbers, *options)
+        loss, _, _, _, row_above, col_above, _ = operators.contrastive_loss(x, y, scale, bias, *numbers, *options)
     else:
         from clipfast import distributed  # imports torch's compiler, which takes a second
 
@@ -123,6 +132,41 @@ def contrastive_loss(
     if not return_metrics:
         return loss
     return loss, recalls(row_above, col_above[: len(x)], direction, ranks)  # type: ignore[return-value]
+
+
+def projected_contrastive_loss(
+    image_features: Tensor,  # [n, d_i]
+    text_features: Tensor,  # [m, d_t]
+    w_i: Tensor,  # [d_i, d]
+    w_t: Tensor,  # [d_t, d]
+    logit_scale: Tensor | float,  # exp(t)
+    logit_bias: Tensor | float | None = None,
+    **options: Any,
+) -> Tensor:  # as contrastive_loss
+    """CLIP's loss from the encoders' outputs on: project, normalize, multiply, scale (Radford et al. 2021, figure 3).
+
+    Equal to, in value and in the gradients of all six inputs,
+
+        contrastive_loss(image_features @ w_i, text_features @ w_t, logit_scale, logit_bias, normalize=True, **options)
+
+    where `normalize=True` keeps no normalized copy: `cpu` and `triton` take each row's norm as a factor. Features and
+    matrices of two dtypes are promoted as by torch; under autocast the products are autocast's.
+
+    Args:
+        w_i, w_t: the projections of both, to one width d.
+        options: the keyword options of `clipfast.contrastive_loss`, but for `normalize`.
+
+    Returns:
+        What `clipfast.contrastive_loss` returns.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
+    """
+    if "normalize" in options:
+        raise TypeError("normalize: not an option; projected features are always normalized")
+    pairs = (("image_features", image_features, "w_i", w_i), ("text_features", text_features, "w_t", w_t))
+    x, y = (arguments.projection(*pair, fewest_rows=0 if options.get("group") else 1) for pair in pairs)
+    return contrastive_loss(x, y, logit_scale, logit_bias, normalize=True, **options)
 
 
 def siglip_loss(

@@ -19,6 +19,7 @@ class Memory:
     label_smoothing: bool
     adds_positives: bool
     folds_norms: bool
+    kept: int = 0  # of logits between the passes
 
     @property
     def statistics_bytes(self) -> int:
@@ -33,7 +34,7 @@ class Memory:
             kept = kept_dtype(self.problem.dtype).itemsize // self.problem.dtype.itemsize
             return kept * self.problem.input_bytes + scalars
         ids = 4 * (self.problem.n + self.problem.m) * (IDS in self.problem.needs)
-        return self.problem.input_bytes + self.statistics_bytes + ids + scalars
+        return self.problem.input_bytes + self.statistics_bytes + ids + scalars + self.kept
 
     @property
     def workspace_bytes(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipfast import arguments
 from clipfast.collectives import world_of
-from clipfast.functional import contrastive_loss, siglip_loss
+from clipfast.functional import contrastive_loss, projected_contrastive_loss, siglip_loss
 from clipfast.norms import l2_normalize
 
 
@@ -189,6 +189,4 @@ class ProjectionHead(nn.Module):
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """The contrastive loss, 0-D, of image features [n, image_dim] and text features [m, text_dim], m >= n."""
-        return contrastive_loss(
-            image_features @ self.w_i, text_features @ self.w_t, self.logit_scale.exp(), normalize=True
-        )
+        return projected_contrastive_loss(image_features, text_features, self.w_i, self.w_t, self.logit_scale.exp())

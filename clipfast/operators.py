@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast import distillation, sigmoid, softmax
+from clipfast import dispatch, distillation, sigmoid, softmax
 from clipfast.autograd import differentiable, flat
 from clipfast.block import Statistics
 from clipfast.problem import kept_dtype, statistics_dtype
@@ -22,12 +22,13 @@ def _contrastive_forward(
     image_ids: Tensor | None,  # [n], int32
     text_ids: Tensor | None,  # [m], int32
     options: softmax.Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss and the statistics; row_above and col_above are empty without metrics."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss and the statistics; row_above and col_above are empty without metrics, kept without `keep`."""
     loss, statistics = softmax.forward(x, y, scale, bias, image_ids, text_ids, options)
-    row_lse, col_lse, positive, *above = statistics
-    row_above, col_above = (x.new_empty(0, dtype=torch.int32) if t is None else t for t in above)
-    return loss, row_lse, col_lse, positive, row_above, col_above
+    row_lse, col_lse, positive, row_above, col_above, kept = statistics
+    if row_above is None or col_above is None:
+        row_above, col_above = (x.new_empty(0, dtype=torch.int32) for _ in range(2))
+    return loss, row_lse, col_lse, positive, row_above, col_above, scale.new_empty(0) if kept is None else kept
 
 
 @flat
@@ -42,11 +43,12 @@ def _contrastive_backward(
     row_lse: Tensor,  # [n]
     col_lse: Tensor,  # [m]
     positive: Tensor,  # [n]
+    kept: Tensor,
     options: softmax.Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
-    statistics = Statistics(row_lse, col_lse, positive)
+    statistics = Statistics(row_lse, col_lse, positive, kept=kept if options.keep else None)
     gradients, dbias = softmax.backward(gradient, x, y, scale, bias, image_ids, text_ids, statistics, options)
-    return *gradients, dbias.to(bias.dtype)
+    return *gradients, dbias if dbias.dtype == bias.dtype else dbias.to(bias.dtype)
 
 
 def _contrastive_shapes(
@@ -55,7 +57,8 @@ def _contrastive_shapes(
     n, m, chosen = x.shape[0], y.shape[0], softmax.Options(*options)
     row_lse, col_lse, positive = (x.new_empty(size, dtype=statistics_dtype(x.device)) for size in (n, m, n))
     above = (x.new_empty(size if chosen.metrics else 0, dtype=torch.int32) for size in (n, m))
-    return chosen.chosen(scale.new_empty(n), scale.new_empty(n)), row_lse, col_lse, positive, *above
+    kept = scale.new_empty(dispatch.get(chosen.backend).kept_size(n, m) if chosen.keep else 0)
+    return chosen.chosen(scale.new_empty(n), scale.new_empty(n)), row_lse, col_lse, positive, *above, kept
 
 
 def _contrastive_backward_shapes(
@@ -70,8 +73,8 @@ contrastive_loss = differentiable(
     _contrastive_backward,
     _contrastive_shapes,
     _contrastive_backward_shapes,
-    # x, y, scale, bias, both ids and the three statistics; the options.
-    save=lambda inputs, outputs: ((*inputs[:6], *outputs[1:4]), inputs[6:]),
+    # x, y, scale, bias, both ids, the three statistics and the kept logits; the options.
+    save=lambda inputs, outputs: ((*inputs[:6], *outputs[1:4], outputs[6]), inputs[6:]),
 )
 
 

@@ -1,6 +1,7 @@
 """The softmax loss in one process: one block of logits, its statistics, the loss, and its gradients.
 
-Saved between the passes are vectors over the batch; the backward pass recomputes the logits.
+Saved between the passes are vectors over the batch, and the logits where they are few; beyond that the backward pass
+recomputes them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Options(NamedTuple):
     same_id: str
     metrics: bool
     backend: str
+    keep: bool = False  # the logits between the passes
 
     @property
     def plain(self) -> bool:
@@ -67,7 +69,7 @@ def forward(
 ) -> tuple[Tensor, Statistics]:  # the loss as `Options.chosen` says, in the accumulation dtype
     with without_autocast(x.device):
         backend = dispatch.get(options.backend)
-        block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options)
+        block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options, keep=options.keep)
         statistics = backend.forward(block, backend.matches(block) if options.metrics else None)
         if options.plain and not block.adds_positives:
             mean = getattr(backend, "symmetric_cross_entropy", cross_entropy.symmetric_cross_entropy)
@@ -97,15 +99,15 @@ def backward(
     with without_autocast(x.device):
         backend = dispatch.get(options.backend)
         block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options)
-        if options.plain and not block.adds_positives:
-            weights_of = getattr(
-                backend, "symmetric_cross_entropy_weights", cross_entropy.symmetric_cross_entropy_weights
-            )
-            weights, constants = weights_of(statistics, gradient), None
-            dbias = _total(weights)
-        else:
+        if not options.plain or block.adds_positives:
             weights, constants, dbias = _weights(block, statistics, gradient, options)
-        return finished(backend, block, weights, constants, x, y, options), dbias
+            weights = weights._replace(kept=statistics.kept)
+            return finished(backend, block, weights, constants, x, y, options), dbias
+        if at_once := getattr(backend, "symmetric_gradients", None):
+            gradients, dbias = at_once(block, statistics, gradient, _dtype_of_sums(block, x, None, options))
+            return _through(gradients, block, x, y, options), dbias
+        weights = cross_entropy.symmetric_cross_entropy_weights(statistics, gradient)
+        return finished(backend, block, weights, None, x, y, options), _total(weights)
 
 
 def _weights(
@@ -149,13 +151,24 @@ def finished(
     options: Options,
 ) -> Gradients:
     """The block's gradients by x and y, in their dtype."""
-    through = options.normalize and block.x_factor is None
-    dtype = accumulation_dtype(x.dtype) if through or constants is not None else x.dtype
-    gradients: Gradients = backend.backward(block, weights, dtype)
+    gradients: Gradients = backend.backward(block, weights, _dtype_of_sums(block, x, constants, options))
     if constants is not None:
         gradients = add_constants(block, *constants, gradients)
-    if through:
+    return _through(gradients, block, x, y, options)
+
+
+def _dtype_of_sums(block: Block, x: Tensor, constants: tuple[Tensor, Tensor] | None, options: Options) -> torch.dtype:
+    """The dtype in which a backend gives dx and dy: not rounded yet where something is to become of them."""
+    through = options.normalize and block.x_factor is None
+    return accumulation_dtype(x.dtype) if through or constants is not None else x.dtype
+
+
+def _through(gradients: Gradients, block: Block, x: Tensor, y: Tensor, options: Options) -> Gradients:
+    """By x and y as they came in, in their dtype."""
+    if options.normalize and block.x_factor is None:
         return gradients_through_norms(gradients, x, y, x.dtype)
+    if gradients.dx.dtype == x.dtype:
+        return gradients
     return Gradients(gradients.dx.to(x.dtype), gradients.dy.to(y.dtype), gradients.dscale)
 
 
@@ -168,11 +181,12 @@ def make_block(
     image_ids: Tensor | None,  # [n], int32
     text_ids: Tensor | None,  # [m], int32
     options: Options,
+    keep: bool = False,
 ) -> Block:
     sums_of_features = options.label_smoothing or (image_ids is not None and options.same_id == POSITIVE)
     fold = backend.folds_norms(x.dtype) and not sums_of_features
     x, y, x_factor, y_factor = operands(x, y, options.normalize, fold)
-    return Block(x, y, scale, bias, 0, x_factor, y_factor, image_ids, text_ids, options.same_id)
+    return Block(x, y, scale, bias, 0, x_factor, y_factor, image_ids, text_ids, options.same_id, keep)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "buffer.h"
 #include "cross_entropy.h"
@@ -44,8 +45,8 @@ const Kernels& kernels_named(const std::string& name) {
     throw std::invalid_argument("isa: this processor has no " + name);
 }
 
-Matrix make_matrix(Address data, index_t rows, index_t cols, index_t row_stride, index_t col_stride) {
-    return {pointer<void>(data), rows, cols, row_stride, col_stride};
+Matrix make_matrix(Address data, index_t rows, index_t cols, index_t row_stride, index_t col_stride, Address factors) {
+    return {pointer<void>(data), rows, cols, row_stride, col_stride, pointer<void>(factors)};
 }
 
 Block make_block(const std::string& dtype, const std::string& product, const Matrix& x, const Matrix& y, double scale,
@@ -59,10 +60,10 @@ Block make_block(const std::string& dtype, const std::string& product, const Mat
 }
 
 Weights make_weights(Address row_lse, Address row_weight, Address col_lse, Address col_weight, Address positive_weight,
-                     Address row_target, Address col_target) {
+                     Address row_target, Address col_target, Address kept) {
     return {pointer<double>(row_lse),    pointer<double>(row_weight),      pointer<double>(col_lse),
             pointer<double>(col_weight), pointer<double>(positive_weight), pointer<double>(row_target),
-            pointer<double>(col_target)};
+            pointer<double>(col_target), pointer<void>(kept)};
 }
 
 // Whether a signal's handler has raised an exception: in the main thread, which is the only one that handlers run in.
@@ -96,7 +97,8 @@ auto run(const Block& block, int threads, const Pass& pass) {
 
 void bind_nouns(py::module_& module) {
     py::class_<Matrix>(module, "Matrix")
-        .def(py::init(&make_matrix), "data"_a, "rows"_a, "cols"_a, "row_stride"_a, "col_stride"_a);
+        .def(py::init(&make_matrix), "data"_a, "rows"_a, "cols"_a, "row_stride"_a, "col_stride"_a,
+             "factors"_a = 0);
     py::class_<Block>(module, "Block")
         .def(py::init(&make_block), py::kw_only(), "dtype"_a, "product"_a, "x"_a, "y"_a, "scale"_a = 1.0,
              "bias"_a = 0.0, "diag_offset"_a = 0, "row_ids"_a = 0, "col_ids"_a = 0, "ignores_same_ids"_a = true);
@@ -104,14 +106,18 @@ void bind_nouns(py::module_& module) {
         return Matches{pointer<double>(rows), pointer<double>(cols)};
     }), "rows"_a = 0, "cols"_a = 0);
     py::class_<Statistics>(module, "Statistics")
-        .def(py::init([](Address row_lse, Address col_lse, Address positive, Address row_above, Address col_above) {
-                 return Statistics{pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
-                                   pointer<std::int32_t>(row_above), pointer<std::int32_t>(col_above)};
+        .def(py::init([](Address row_lse, Address col_lse, Address positive, Address row_above, Address col_above,
+                         Address kept) {
+                 return Statistics{pointer<double>(row_lse),        pointer<double>(col_lse),
+                                   pointer<double>(positive),       pointer<std::int32_t>(row_above),
+                                   pointer<std::int32_t>(col_above), pointer<void>(kept)};
              }),
-             "row_lse"_a, "col_lse"_a, "positive"_a, "row_above"_a = 0, "col_above"_a = 0);
+             "row_lse"_a, "col_lse"_a, "positive"_a, "row_above"_a = 0, "col_above"_a = 0, "kept"_a = 0);
     py::class_<Weights>(module, "Weights")
         .def(py::init(&make_weights), "row_lse"_a, "row_weight"_a, "col_lse"_a, "col_weight"_a, "positive_weight"_a,
-             "row_target"_a = 0, "col_target"_a = 0);
+             "row_target"_a = 0, "col_target"_a = 0, "kept"_a = 0);
+    module.attr("KEPT_HEAD") = kKeptHead;
+    module.attr("KEPT_PADDING") = kKeptPadding;
     py::class_<Gradients>(module, "Gradients")
         .def(py::init([](Address dx, Address dy, const std::string& dtype) {
                  return Gradients{pointer<void>(dx), pointer<void>(dy), dtype_from(dtype)};
@@ -171,12 +177,21 @@ void bind_cross_entropy(py::module_& module) {
         return symmetric_cross_entropy(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
                                        n);
     });
-    module.def("symmetric_cross_entropy_weights", [](Address row_lse, Address col_lse, Address positive, index_t n,
-                                                     index_t m, double gradient, Address row_weight,
-                                                     Address col_weight, Address positive_weight) {
-        symmetric_cross_entropy_weights(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
-                                        n, m, gradient, pointer<double>(row_weight), pointer<double>(col_weight),
-                                        pointer<double>(positive_weight));
+    // The gradients of the symmetric loss, times `gradient`, from the statistics that `forward` gave; dscale and dbias.
+    module.def("symmetric_gradients", [](const std::string& isa, const Block& block, const Statistics& statistics,
+                                         double gradient, const Gradients& out, int threads) {
+        const Kernels& kernels = kernels_named(isa);
+        const index_t n = block.n(), m = block.m();
+        std::vector<double> all(2 * n + m);
+        double *const row_weight = all.data(), *const col_weight = row_weight + n, *const positive_weight = col_weight + m;
+        const double dbias = symmetric_cross_entropy_weights(statistics.row_lse, statistics.col_lse, statistics.positive,
+                                                             n, m, gradient, row_weight, col_weight, positive_weight);
+        const Weights weights{statistics.row_lse, row_weight, statistics.col_lse, col_weight,
+                              positive_weight,    nullptr,    nullptr,            statistics.kept};
+        const double dscale = run(block, threads, [&](const Execution& with) {
+            return kernels.backward(block, with, weights, out).dscale;
+        });
+        return py::make_tuple(dscale, dbias);
     });
 }
 
@@ -193,6 +208,11 @@ PYBIND11_MODULE(_cpu, module) {
     bind_nouns(module);
     bind_passes(module);
     bind_cross_entropy(module);
+    module.def("multiply_adds", [](const std::string& isa, const std::string& dtype, index_t rounds) {
+        const Kernels& kernels = kernels_named(isa);
+        const py::gil_scoped_release unlocked;
+        return kernels.multiply_adds(dtype_from(dtype), rounds);
+    });
     module.def("exp2", [](const std::string& isa, const std::string& dtype, Address x, Address out, index_t count) {
         kernels_named(isa).exp2(dtype_from(dtype), pointer<void>(x), pointer<void>(out), count);
     });

@@ -21,7 +21,11 @@ struct Matrix {
     const void* data;
     index_t rows, cols;
     index_t row_stride, col_stride;  // in elements
+    const void* factors = nullptr;   // [rows], of the type that adds features up: factor_i row_i is taken for row_i
 };
+
+// Below this length a row keeps its factor whatever it is (torch.nn.functional.normalize).
+constexpr double kMinNorm = 1e-12;
 
 struct Block {
     DType dtype;  // of x and y
@@ -43,10 +47,16 @@ struct Matches {
     double *rows = nullptr, *cols = nullptr;  // [n], [m]
 };
 
+// How much memory the logits take that one pass keeps for another, in elements of the type that adds features up. They
+// lie as that pass needs them (chunks.h), on any instruction set within so many.
+constexpr index_t kKeptHead = 16, kKeptPadding = 64;
+inline index_t kept_size(index_t n, index_t m) { return kKeptHead + n * (m + kKeptPadding); }
+
 // Natural-log units.
 struct Statistics {
     double *row_lse, *col_lse, *positive;  // [n], [m], [n]
     std::int32_t *row_above = nullptr, *col_above = nullptr;  // [n], [m]: counted where there are matches
+    void* kept = nullptr;  // where the logits go, for the pass that takes their gradient
 };
 
 // Natural-log units.
@@ -55,6 +65,7 @@ struct Weights {
     const double *col_lse, *col_weight;  // [m]
     const double* positive_weight;       // [n]
     const double *row_target = nullptr, *col_target = nullptr;  // [n], [m], of further positives
+    const void* kept = nullptr;  // the logits, or null
 };
 
 struct Gradients {

@@ -124,6 +124,50 @@ struct Chunks {
     index_t block_rows;  // of a task that forms logits
 };
 
+// The logits of a block that one pass keeps and another takes up: panels of [n][kWidth] behind a head that says how wide
+// the panels are, for another instruction set may take them up, and cannot.
+template <class Tiles>
+class Kept {
+    using T = typename Tiles::Compute;
+    static constexpr index_t kWidth = Tiles::kWidth;
+    static_assert(kWidth <= kKeptPadding);
+
+  public:
+    // For the pass that keeps them; `memory` may be null. What no logit takes is zero.
+    static Kept begun(void* memory, index_t n, index_t m) {
+        T* const all = static_cast<T*>(memory);
+        if (all) {
+            std::fill(all, all + kKeptHead, T(0));
+            all[0] = T(kWidth);
+            std::fill(all + kKeptHead + n * round_up(m, kWidth), all + kept_size(n, m), T(0));
+        }
+        return Kept(all, n);
+    }
+    // For the one that takes them up, if it can.
+    static Kept found(const void* memory, index_t n) {
+        T* const all = static_cast<T*>(const_cast<void*>(memory));
+        return Kept(all && all[0] == T(kWidth) ? all : nullptr, n);
+    }
+
+    explicit operator bool() const { return logits_; }
+    T* at(const Place& place) const { return logits_ + (place.column * n_ + (place.first + place.row) * kWidth); }
+
+    template <int NV>
+    void keep(const Group<Tiles, NV>& group, const Place& place) const {
+        T* const to = at(place);
+        std::memcpy(to, group.s, group.rows * kWidth * sizeof(T));
+        if constexpr (NV < Tiles::kVectors)
+            for (index_t i = 0; i < group.rows; ++i)
+                std::fill(to + i * kWidth + NV * Tiles::W, to + (i + 1) * kWidth, T(0));
+    }
+
+  private:
+    Kept(T* all, index_t n) : logits_(all ? all + kKeptHead : nullptr), n_(n) {}
+
+    T* logits_;
+    index_t n_;
+};
+
 // A block's rows of a chunk as operands of x y^T, and the logits formed of them.
 template <class Tiles, class Element>
 class PackedRows {

@@ -26,16 +26,19 @@ inline double symmetric_cross_entropy(const double* row_lse, const double* col_l
     return sum / (2 * double(n));
 }
 
-// The derivatives by row_lse [n], col_lse [m] and positive [n], times `gradient`.
-inline void symmetric_cross_entropy_weights(const double* row_lse, const double* col_lse, const double* positive,
+// The derivatives by row_lse [n], col_lse [m] and positive [n], times `gradient`; returns their sum, which is sum G.
+inline double symmetric_cross_entropy_weights(const double* row_lse, const double* col_lse, const double* positive,
                                             index_t n, index_t m, double gradient, double* row_weight,
                                             double* col_weight, double* positive_weight) {
+    double rows = 0, cols = 0, positives = 0;
     for (index_t i = 0; i < n; ++i) {
         row_weight[i] = gradient * sigmoid(margin(row_lse[i], positive[i])) / (2 * double(n));
         col_weight[i] = gradient * sigmoid(margin(col_lse[i], positive[i])) / (2 * double(n));
         positive_weight[i] = -(row_weight[i] + col_weight[i]);
+        rows += row_weight[i], cols += col_weight[i], positives += positive_weight[i];
     }
     std::fill(col_weight + n, col_weight + m, 0.0);
+    return rows + cols + positives;
 }
 
 }  // namespace clipfast

@@ -20,7 +20,7 @@ struct Passes {
             &Kernels::forward,
             [&](auto&& kernel) {
                 SoftmaxStatistics statistics(kernel.chunks(), matches, out);
-                kernel.scan(statistics);
+                kernel.scan(statistics, out.kept);
             },
             block, execution, matches, out);
     }
@@ -40,7 +40,7 @@ struct Passes {
             &Kernels::backward,
             [&](auto&& kernel) {
                 SoftmaxGradient gradient(kernel.chunks(), kernel.logits(), in);
-                return Scalars{kernel.differentiate(gradient, out), 0};
+                return Scalars{kernel.differentiate(gradient, out, in.kept), 0};
             },
             block, execution, in, out);
     }
@@ -122,6 +122,12 @@ struct Entry {
         else visit(float());
     }
 
+    static double multiply_adds(DType dtype, index_t rounds) {
+        double operations = 0;
+        with_type(dtype, [&](auto type) { operations = Tile<Isa, decltype(type)>::multiply_adds(rounds); });
+        return operations;
+    }
+
     static void exp2_all(DType dtype, const void* x, void* out, index_t count) {
         with_type(dtype, [&](auto type) {
             using T = decltype(type);
@@ -146,8 +152,9 @@ struct Entry {
 
     static constexpr Kernels kernels(const char* name, bool (*available)()) {
         using P = Passes<Entry>;
-        return {name,          available,       P::forward,         P::matches, P::backward,
-                P::sigmoid,    P::distillation, P::workspace_bytes, exp2_all,   softplus_and_sigmoid_all};
+        return {name,          available,       P::forward,         P::matches,    P::backward,
+                P::sigmoid,    P::distillation, P::workspace_bytes, multiply_adds, exp2_all,
+                softplus_and_sigmoid_all};
     }
 };
 

@@ -22,6 +22,10 @@ struct Kernels {
     // What a pass holds at most, apart from its outputs; the teacher is as wide as the block.
     index_t (*workspace_bytes)(const Block&, const Execution&, const Needs&);
 
+    // For benchmarks: this thread's floating-point operations in `rounds` rounds of the products' inner loop, of features
+    // of the dtype, without memory.
+    double (*multiply_adds)(DType dtype, index_t rounds);
+
     // For tests, of float32 or float64.
     void (*exp2)(DType dtype, const void* x, void* out, index_t count);
     void (*softplus_and_sigmoid)(DType dtype, const void* x, void* softplus, void* sigmoid, index_t count);

@@ -148,9 +148,22 @@ class Logits {
                 }
             });
         }
-        if (!group.is_summed()) find_range(group, low, high);
-        group.low = reduce<T, W>(low, [](auto a, auto b) { return minimum(a, b); });
-        group.high = reduce<T, W>(high, [](auto a, auto b) { return maximum(a, b); });
+        set_range(group, low, high);
+    }
+
+    // The same of logits that were formed before, [rows][kWidth].
+    template <int NV>
+    CLIPFAST_NOINLINE void copy(Group<Tiles, NV>& group, const T* formed) const {
+        V low = V{} + kInfinity, high = V{} - kInfinity;
+        for (index_t i = 0; i < group.rows; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                const V logit = load_vector<V>(formed + i * Tiles::kWidth + v * W);
+                store_vector(group.row(i) + v * W, logit);
+                low = minimum(logit, low);
+                high = maximum(logit, high);
+            }
+        set_range(group, low, high);
     }
 
     T bias() const { return bias2_; }
@@ -159,6 +172,14 @@ class Logits {
     double product(double sum) const { return sum / double(scale2_); }
 
   private:
+    // Of all the group's logits, or of those in the sums where these are fewer.
+    template <int NV>
+    static CLIPFAST_INLINE void set_range(Group<Tiles, NV>& group, V low, V high) {
+        if (!group.is_summed()) find_range(group, low, high);
+        group.low = reduce<T, W>(low, [](auto a, auto b) { return minimum(a, b); });
+        group.high = reduce<T, W>(high, [](auto a, auto b) { return maximum(a, b); });
+    }
+
     template <int NV>
     static void find_range(const Group<Tiles, NV>& group, V& low, V& high) {
         low = V{} + kInfinity, high = V{} - kInfinity;

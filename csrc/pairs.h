@@ -35,6 +35,20 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
     static_assert(kDepth % kGroup == 0 && kDepth % kWidth == 0);
 
     static index_t operands(index_t d) { return kParts * pairs(d); }
+
+    // As Tile::multiply_adds, of pairs that lie in the first-level cache.
+    static CLIPFAST_NOINLINE double multiply_adds(index_t rounds) {
+        constexpr index_t kRuns = 4;
+        alignas(64) static const Operand a[kRows * kRun] = {}, b[kRuns * kRun * kWidth] = {};
+        [[maybe_unused]] const Session session;
+        V sum[kRows][kVectors];
+        Isa::clear(sum);
+        for (index_t round = 0; round < rounds; ++round) Isa::template add<kRun>(sum, kRuns, kRun, a, 0, b);
+        Isa::finish(sum);
+        volatile float used = sum[0][0][0];
+        (void)used;
+        return 2.0 * 2.0 * double(rounds * kRuns * kRun) * kRows * kWidth;
+    }
     static index_t depth(index_t) { return kDepth; }
 
     template <int NV, class Visit>
@@ -79,7 +93,7 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
                           index_t skip, index_t capacity, Operand* panel) {
         const auto load_row = [&](index_t r, int v) {
             const index_t c = col + v * W;
-            return r < rows ? load_elements(element<Element>(a, row + r, c), a.col_stride, cols - v * W) : V{};
+            return r < rows ? Shape::template load_row<Element>(a, row + r, c, cols - v * W) : V{};
         };
         for_parts([&](auto part) {
             Operand* out = panel + Index(part).in(capacity / 2, skip / 2).in(NV * W, 0);
@@ -193,11 +207,11 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
     // The pairs of row `row` from column `col` on.
     template <int part, class Element>
     static CLIPFAST_INLINE Pairs load_pairs(const Matrix& a, index_t row, index_t col) {
-        const Element* p = element<Element>(a, row, col);
-        const index_t count = a.cols - col;
         Halves halves[2];
-        for (int h = 0; h < 2; ++h)
-            halves[h] = Isa::round(part_of<part>(load_elements(p + h * W * a.col_stride, a.col_stride, count - h * W)));
+        for (int h = 0; h < 2; ++h) {
+            const index_t c = col + h * W;
+            halves[h] = Isa::round(part_of<part>(Shape::template load_row<Element>(a, row, c, a.cols - c)));
+        }
         return load_vector<Pairs>(halves);
     }
 

@@ -39,12 +39,17 @@ struct PairEntry {
                         avx512().workspace_bytes(block, execution, needs));
     }
 
+    static double multiply_adds(DType dtype, index_t rounds) {
+        return dtype == DType::bfloat16 ? PairTile<Isa, 1>::multiply_adds(rounds)
+                                        : avx512().multiply_adds(dtype, rounds);
+    }
+
     static Kernels kernels(const char* name, bool (*available)()) {
         using P = Passes<PairEntry>;
         const Kernels others = avx512();
         return {name,        available,  P::forward,      P::matches,
                 P::backward, P::sigmoid, P::distillation, workspace_bytes,
-                others.exp2, others.softplus_and_sigmoid};
+                multiply_adds, others.exp2, others.softplus_and_sigmoid};
     }
 };
 

@@ -79,6 +79,13 @@ struct Lanes {
         for (index_t l = 0; l < count; ++l) p[l] = store<Element>(values[l]);
     }
 
+    // Row `row` of a matrix as it is taken, from column `col` on. What lies beyond `count` elements is zero.
+    template <class Element>
+    static CLIPFAST_INLINE V load_row(const Matrix& a, index_t row, index_t col, index_t count) {
+        const V elements = load_elements(element<Element>(a, row, col), a.col_stride, count);
+        return a.factors ? elements * static_cast<const T*>(a.factors)[row] : elements;
+    }
+
   private:
     using Bits = Vector<std::uint32_t, W>;
     using HalfBits = Vector<std::uint16_t, W>;

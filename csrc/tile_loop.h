@@ -2,7 +2,7 @@
 // hand it to the objective while it is in the first-level cache, and where gradients are wanted take the products with
 // the G that the objective made of it. What is computed: clipfast/backends/__init__.py.
 //
-// A scan costs one product. Gradients cost three: G of a chunk is formed whole, all panels in memory, then G y is added
+// A scan costs one product. Gradients cost three, two where a scan has kept the logits: G of a chunk is formed whole, all panels in memory, then G y is added
 // to dx and G^T x to dy. Every number is written by one task and added up in one order, whatever the threads do.
 //
 // An objective (softmax.h, sigmoid.h, ...) says which memory it needs (place), hears where the pass is (Objective), and
@@ -39,9 +39,10 @@ class Kernel {
     const Chunks<Tiles>& chunks() const { return chunks_; }
     const Logits<Tiles>& logits() const { return rows_.logits(); }
 
-    // Hands every group of logits to the objective.
+    // Hands every group of logits to the objective, and keeps them where `keep` is memory for them.
     template <class Objective>
-    void scan(Objective& objective) {
+    void scan(Objective& objective, void* keep = nullptr) {
+        const auto kept = Kept<Tiles>::begun(keep, chunks_.n, chunks_.m);
         const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer, objective); });
         objective.begin(team_);
         for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
@@ -56,6 +57,7 @@ class Kernel {
                     if (!objective.wants(group)) return;
                     group.s = scratch(at);
                     rows_.form(group, at);
+                    if (kept) kept.keep(group, at);
                     objective.take(group, at);
                 });
             }
@@ -64,9 +66,10 @@ class Kernel {
         objective.end(team_);
     }
 
-    // The gradients of the objective; returns dscale.
+    // The gradients of the objective, from the logits that a scan kept, if any; returns dscale.
     template <class Objective>
-    double differentiate(Objective& objective, const Gradients& out) {
+    double differentiate(Objective& objective, const Gradients& out, const void* keep = nullptr) {
+        const auto kept = Kept<Tiles>::found(keep, chunks_.n);
         const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer, objective), place_products(buffer); });
         objective.begin(team_);
         // Where the gradients are wanted as they are added up, they need no place apart.
@@ -78,15 +81,15 @@ class Kernel {
             const index_t rows = std::min(chunks_.rows, chunks_.n - first);
             T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
             clear(rows, dx);
-            rows_.pack_left(team_, first, rows);
+            if (!kept) rows_.pack_left(team_, first, rows);
             pack_rows(block_.x, first, rows, Tiles::kRowStep, row_capacity_, x_rows_);
             objective.begin_rows(team_, first, rows);
             for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
                 const index_t cols = std::min(chunks_.cols, chunks_.m - column);
-                rows_.pack_right(team_, column, cols);
+                if (!kept) rows_.pack_right(team_, column, cols);
                 pack_rows(block_.y, column, cols, Tiles::kColStep, col_capacity_, y_rows_);
                 objective.begin_cols(team_, column, cols);
-                dscale += form_gradient(objective, first, column);
+                dscale += form_gradient(objective, kept, first, column);
                 add_products(rows, cols, dx, dy + column * d_);
             }
             objective.end_rows(team_, first, rows);
@@ -149,11 +152,12 @@ class Kernel {
 
     // G of a chunk. Returns its part of dscale where the product rounds G, else 0.
     template <class Objective>
-    double form_gradient(Objective& objective, index_t first, index_t column) {
+    double form_gradient(Objective& objective, const Kept<Tiles>& kept, index_t first, index_t column) {
         std::fill(dots_, dots_ + dots(), 0.0);
         chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
             group.s = gradient_.place(at.panel, at.row, scratch(at));
-            rows_.form(group, at);
+            if (kept) rows_.logits().copy(group, kept.at(at));
+            else rows_.form(group, at);
             const T dot = objective.to_gradient(group, at);
             if constexpr (Tiles::kRounds)
                 dots_[at.row / kGroup * chunks_.panels + at.panel] = rows_.logits().product(dot);
@@ -246,26 +250,45 @@ class Kernel {
 
     template <class Out>
     double finish_rows(index_t first, index_t count, const T* gradient_y, Out* dx) const {
-        using Double = Vector<double, W>;
-        Double dot = {};
-        for (index_t i = 0; i < count; ++i, gradient_y += d_) {
-            for (index_t c = 0; c < d_; c += W) {
-                const V product = Tiles::load_elements(gradient_y + c, 1, d_ - c);
-                const V row = Tiles::load_elements(element<Element>(block_.x, first + i, c),
-                                                   block_.x.col_stride, d_ - c);
-                dot += __builtin_convertvector(product, Double) * __builtin_convertvector(row, Double);
-                Tiles::store_elements(dx + (first + i) * d_ + c, scale_ * product, d_ - c);
-            }
-        }
-        return reduce<double, W>(dot, [](auto a, auto b) { return a + b; });
+        double dot = 0;
+        for (index_t i = 0; i < count; ++i, gradient_y += d_)
+            dot += finish_row(block_.x, first + i, gradient_y, dx + (first + i) * d_);
+        return dot;
     }
 
     template <class Out>
     void finish_dy(const T* gradient_x, Out* dy) {
         team_.for_each(ceil_div(chunks_.m, kGroup), [&](int, index_t group) {
-            const index_t end = std::min(chunks_.m, (group + 1) * kGroup) * d_;
-            for (index_t i = group * kGroup * d_; i < end; ++i) dy[i] = store<Out>(scale_ * gradient_x[i]);
+            const index_t begin = group * kGroup, end = std::min(chunks_.m, begin + kGroup);
+            if (block_.y.factors)
+                for (index_t j = begin; j < end; ++j) finish_row(block_.y, j, gradient_x + j * d_, dy + j * d_);
+            else
+                for (index_t i = begin * d_; i < end * d_; ++i) dy[i] = store<Out>(scale_ * gradient_x[i]);
         });
+    }
+
+    // Row `row` of a gradient, scale times `products`, written to `out`; returns the products of it and the row itself.
+    // A row u = f a of length 1 has the gradient f (g - <g, u> u) by a, where the norm is not at its floor.
+    template <class Out>
+    double finish_row(const Matrix& a, index_t row, const T* products, Out* out) const {
+        using Double = Vector<double, W>;
+        Double sum = {};
+        for (index_t c = 0; c < d_; c += W) {
+            const V product = Tiles::load_elements(products + c, 1, d_ - c);
+            const V of_row = Tiles::template load_row<Element>(a, row, c, d_ - c);
+            sum += __builtin_convertvector(product, Double) * __builtin_convertvector(of_row, Double);
+            if (!a.factors) Tiles::store_elements(out + c, scale_ * product, d_ - c);
+        }
+        const double dot = reduce<double, W>(sum, [](auto p, auto q) { return p + q; });
+        if (!a.factors) return dot;
+        const T factor = static_cast<const T*>(a.factors)[row];
+        const T along = double(factor) * kMinNorm < 1 - 1e-6 ? T(dot) : T(0);
+        for (index_t c = 0; c < d_; c += W) {
+            const V product = Tiles::load_elements(products + c, 1, d_ - c);
+            const V of_row = Tiles::template load_row<Element>(a, row, c, d_ - c);
+            Tiles::store_elements(out + c, factor * (scale_ * (product - along * of_row)), d_ - c);
+        }
+        return dot;
     }
 
     Block block_;

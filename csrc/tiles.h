@@ -83,6 +83,31 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
     // Operands per row of x or y in their product.
     static index_t operands(index_t d) { return d; }
 
+    // Multiplies and adds in registers alone, a tile of sums `rounds` times; returns the floating-point operations.
+    static CLIPFAST_NOINLINE double multiply_adds(index_t rounds) {
+        constexpr int kVectors = Shape::kVectors;
+        V sum[kRows][kVectors], factor = V{} + T(0.999), term = V{} + T(rounds);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) sum[i][v] = V{} + T(i * kVectors + v);
+        for (index_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) sum[i][v] = sum[i][v] * factor + term;
+#pragma GCC unroll 16
+        for (int i = 1; i < kRows; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) sum[0][v] += sum[i][v];
+        V total = {};
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) total += sum[0][v];
+        volatile T used = reduce<T, W>(total, [](auto a, auto b) { return a + b; });
+        (void)used;
+        return 2.0 * double(rounds) * kRows * kVectors * W;
+    }
+
     // How many of `terms` terms to add up in registers. Equal terms round one way, so a sum of b of them may be off by
     // b / 4 units in the last place, and a sum of terms / b such sums by as many more: near 2 sqrt(terms) both are
     // small.
@@ -125,9 +150,8 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
                           index_t skip, index_t /*capacity*/, T* panel) {
         T* out = panel + skip * NV * W;
         for (index_t r = 0; r < rows; ++r) {
-            const Element* in = element<Element>(a, row + r, col);
             for (index_t c = 0; c < NV * W; c += W, out += W)
-                store_vector(out, load_elements(in + c * a.col_stride, a.col_stride, cols - c));
+                store_vector(out, Shape::template load_row<Element>(a, row + r, col + c, cols - c));
         }
     }
 
@@ -211,9 +235,8 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
                 V block[W];
 #pragma GCC unroll 16
                 for (int i = 0; i < W; ++i)
-                    block[i] = r + i < rows
-                                   ? load_elements(element<Element>(a, row + r + i, c), a.col_stride, a.cols - c)
-                                   : V{};
+                    block[i] = r + i < rows ? Shape::template load_row<Element>(a, row + r + i, c, a.cols - c)
+                                            : V{};
                 transpose<W>(block);
                 const index_t terms = std::min<index_t>(W, a.cols - c);
                 for (index_t k = 0; k < terms; ++k) {

@@ -58,6 +58,6 @@ the norms (clipfast/norms.py).
 Blocks merge: logaddexp over logsumexps, sum over positives, counts, losses and gradients, maximum over matches; of two
 crosses the mean weighted by exp(t_lse).
 
-A backend may hold `symmetric_cross_entropy` and `symmetric_cross_entropy_weights` in place of those in
+A backend may hold `symmetric_cross_entropy` and `symmetric_gradients` in place of what is in
 clipfast/cross_entropy.py, where one call is to take the place of many small ones.
 """

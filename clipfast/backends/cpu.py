@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -71,8 +72,10 @@ def instruction_set() -> str:
     Raises:
         ValueError: the name is unknown, or this processor does not have it.
     """
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not name:
+        return next(name for name, here in _INSTRUCTION_SETS.items() if here)
     available = [name for name, here in _INSTRUCTION_SETS.items() if here]
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or available[0]
     if name not in _INSTRUCTION_SETS:
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE}: got {name!r}; accepted are {', '.join(map(repr, _INSTRUCTION_SETS))}"
@@ -100,7 +103,7 @@ def reasons_against_auto(problem: Problem) -> tuple[str, ...]:
 
 
 def folds_norms(dtype: torch.dtype) -> bool:
-    return False
+    return True
 
 
 def workspace_bytes(problem: Problem) -> int:
@@ -116,15 +119,21 @@ def workspace_bytes(problem: Problem) -> int:
     )
 
 
+def kept_size(n: int, m: int) -> int:
+    """How many numbers of the accumulation dtype the kept logits of an [n, m] block take."""
+    return int(_cpu.KEPT_HEAD) + n * (m + int(_cpu.KEPT_PADDING))
+
+
 def forward(block: Block, matches: Matches | None = None) -> Statistics:
     row_lse, col_lse, positive = (_vector(size) for size in (block.n, block.m, block.n))
-    above: tuple[Tensor, ...] = ()
+    row_above = col_above = None
     thresholds = _cpu.Matches()
     if matches is not None:
         rows, cols = (t.contiguous() for t in matches)
-        above = tuple(_vector(size, torch.int32) for size in (block.n, block.m))
+        row_above, col_above = (_vector(size, torch.int32) for size in (block.n, block.m))
         thresholds = _cpu.Matches(rows.data_ptr(), cols.data_ptr())
-    statistics = Statistics(row_lse, col_lse, positive, *above)
+    kept = _vector(kept_size(block.n, block.m), block.scale.dtype) if block.keep else None
+    statistics = Statistics(row_lse, col_lse, positive, row_above, col_above, kept)
     out = _cpu.Statistics(*_addresses(statistics))
     _run(_cpu.forward, block, thresholds, out)
     return statistics
@@ -182,28 +191,20 @@ def symmetric_cross_entropy(statistics: Statistics) -> Tensor:  # []
     return row_lse.new_full((), loss)
 
 
-def symmetric_cross_entropy_weights(statistics: Statistics, gradient: Tensor) -> Weights:
-    row_lse, col_lse, positive, *_ = statistics
-    row_weight, col_weight, positive_weight = (torch.empty_like(t) for t in (row_lse, col_lse, positive))
-    _cpu.symmetric_cross_entropy_weights(
-        row_lse.data_ptr(),
-        col_lse.data_ptr(),
-        positive.data_ptr(),
-        row_lse.shape[0],
-        col_lse.shape[0],
-        gradient.item(),
-        row_weight.data_ptr(),
-        col_weight.data_ptr(),
-        positive_weight.data_ptr(),
-    )
-    return Weights(row_lse, row_weight, col_lse, col_weight, positive_weight)
+def symmetric_gradients(
+    block: Block, statistics: Statistics, gradient: Tensor, dtype: torch.dtype
+) -> tuple[Gradients, Tensor]:
+    dx, dy, out = _gradients(block, dtype)
+    of_block = _cpu.Statistics(*_addresses(statistics))
+    dscale, dbias = _run(_cpu.symmetric_gradients, block, of_block, gradient.item(), out)
+    return Gradients(dx, dy, _scalar(dscale, block.scale)), _scalar(dbias, block.scale)
 
 
 def _run(run: Callable[..., Any], block: Block, *arguments: Any) -> Any:
     """One of the kernels' passes over the block."""
-    # They take ids side by side, and these may have been cut out of others.
-    row_ids, col_ids = (None if ids is None else ids.contiguous() for ids in (block.row_ids, block.col_ids))
-    block = replace(block, row_ids=row_ids, col_ids=col_ids)
+    if block.row_ids is not None and block.col_ids is not None:
+        # They take ids side by side, and these may have been cut out of others.
+        block = replace(block, row_ids=block.row_ids.contiguous(), col_ids=block.col_ids.contiguous())
     return run(instruction_set(), _block(block), *arguments, torch.get_num_threads())
 
 
@@ -213,8 +214,8 @@ def _block(block: Block) -> _cpu.Block:
     return _cpu.Block(
         dtype=_name(block.x.dtype),
         product=_product(block.x.dtype),
-        x=_cpu.Matrix(block.x.data_ptr(), *block.x.shape, *block.x.stride()),
-        y=_cpu.Matrix(block.y.data_ptr(), *block.y.shape, *block.y.stride()),
+        x=_matrix(block.x, block.x_factor),
+        y=_matrix(block.y, block.y_factor),
         scale=block.scale.item(),
         bias=block.bias.item(),
         diag_offset=block.diag_offset,
@@ -222,6 +223,12 @@ def _block(block: Block) -> _cpu.Block:
         col_ids=col_ids,
         ignores_same_ids=block.same_id == IGNORE,
     )
+
+
+def _matrix(rows: Tensor, factors: Tensor | None) -> _cpu.Matrix:  # [n, d], [n]
+    address = 0 if factors is None else factors.data_ptr()
+    row_stride, col_stride = rows.stride()
+    return _cpu.Matrix(rows.data_ptr(), rows.shape[0], rows.shape[1], row_stride, col_stride, address)
 
 
 def _gradients(block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor, _cpu.Gradients]:  # [n, d], [m, d]
@@ -246,9 +253,11 @@ def _addresses(tensors: Iterable[Tensor | None]) -> Iterator[int]:
 
 def _scalar(value: float, like: Tensor) -> Tensor:  # []
     """In the dtype of `like`, inf beyond its range."""
-    return torch.full((), value, dtype=torch.float64, device="cpu").to(like.dtype)
+    scalar = torch.full((), value, dtype=torch.float64, device="cpu")
+    return scalar if like.dtype == torch.float64 else scalar.to(like.dtype)
 
 
+@functools.cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -108,7 +108,14 @@ def matches(block: Block) -> Matches:
 def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
     block, accumulator = _with_operands(block), block.scale.dtype
     # G is kept near 1 by taking its largest weight out: in half precision P/n would underflow (design: float16).
-    unit = _largest(accumulator, weights.row_weight, weights.col_weight, weights.positive_weight, *weights[5:])
+    unit = _largest(
+        accumulator,
+        weights.row_weight,
+        weights.col_weight,
+        weights.positive_weight,
+        weights.row_target,
+        weights.col_target,
+    )
     row_lse, row_weight = round_statistics(weights.row_lse, weights.row_weight / unit, accumulator)
     col_lse, col_weight = round_statistics(weights.col_lse, weights.col_weight / unit, accumulator)
     positive_weight = (weights.positive_weight / unit).to(accumulator)

@@ -1,0 +1,124 @@
+"""Logits that the forward pass keeps: the same gradients, bit for bit, of three products; memory within the bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import features
+from torch import Tensor
+
+import clipfast
+from clipfast import dispatch
+from clipfast.backends import cpu
+
+if not cpu.instruction_sets():
+    pytest.skip("; ".join(clipfast.backends()["cpu"]), allow_module_level=True)
+
+AVAILABLE = [name for name, here in cpu.instruction_sets().items() if here]
+SAME = {"image_ids": torch.arange(70) % 23, "text_ids": torch.arange(517) % 23}
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"normalize": True, "direction": "image_to_text", "reduction": "none"},
+    {"label_smoothing": 0.1, "return_metrics": True},
+    SAME,
+    SAME | {"same_id": "positive", "normalize": True},
+)
+
+
+def loss_and_gradients(x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, -3.0))
+    value = clipfast.contrastive_loss(x, y, scale, bias, backend="cpu", **options)
+    loss = value[0] if isinstance(value, tuple) else value
+    return loss, *torch.autograd.grad(loss.sum(), (x, y, scale, bias))
+
+
+def bytes_kept(n: int, m: int, dtype: torch.dtype) -> int:
+    return dispatch.kept_bytes("cpu", n, m, dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "plain")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+def test_the_same_bits(
+    instruction_set: str, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, instruction_set)
+    x, y = (t.requires_grad_() for t in features("unnormalized", 70, 517, 33, dtype))
+    x, y = (x / 4).detach().requires_grad_(), (y / 4).detach().requires_grad_()
+    kept, formed = (loss_and_gradients(x, y, keep_bytes=count, **options) for count in (1 << 30, 0))
+    for got, expected in zip(kept, formed, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_more_rows_than_a_chunk() -> None:
+    x, y = (t.requires_grad_() for t in features("trained", 4200, 4300, 8))
+    kept, formed = (loss_and_gradients(x, y, keep_bytes=count) for count in (1 << 30, 0))
+    assert all(torch.equal(a, b) for a, b in zip(kept, formed, strict=True))
+
+
+@pytest.mark.skipif(len(AVAILABLE) < 2, reason="needs two instruction sets")
+def test_another_instruction_set_takes_none_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its panels may be of another width; it recomputes then."""
+    x, y = (t.requires_grad_() for t in features("trained", 50, 70, 20))
+    gradients = []
+    for second in AVAILABLE:
+        monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, AVAILABLE[0])
+        loss = clipfast.contrastive_loss(x, y, 14.3, backend="cpu")
+        monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, second)
+        gradients.append(torch.autograd.grad(loss, (x, y)))
+    for other in gradients[1:]:
+        for got, expected in zip(other, gradients[0], strict=True):
+            assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def kept_storage(x: Tensor, y: Tensor, **options: Any) -> int:
+    """The largest of the tensors that autograd saves."""
+    sizes = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        clipfast.contrastive_loss(x, y, 14.3, backend="cpu", **options)
+    return max(sizes)
+
+
+def test_no_more_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = (t.requires_grad_() for t in features("trained", 300, 400, 8))
+    needed = bytes_kept(300, 400, torch.float32)
+    assert 4 * 300 * 400 < needed <= 4 * 300 * 464 + 64
+    assert kept_storage(x, y) == kept_storage(x, y, keep_bytes=needed) == needed
+    assert kept_storage(x, y, keep_bytes=needed - 1) == kept_storage(x, y, keep_bytes=0) == y.nbytes
+    monkeypatch.setenv(dispatch.KEEP_VARIABLE, str(needed - 1))
+    assert kept_storage(x, y) == y.nbytes
+    monkeypatch.setenv(dispatch.KEEP_VARIABLE, "much")
+    with pytest.raises(ValueError, match="CLIPFAST_KEEP_BYTES: got 'much'; accepted is a number of bytes"):
+        kept_storage(x, y)
+    with pytest.raises(TypeError, match="keep_bytes: got -1; accepted is a number of bytes, or None"):
+        kept_storage(x, y, keep_bytes=-1)
+
+
+def test_explain_says_so() -> None:
+    kept, formed = clipfast.explain(1024, 512), clipfast.explain(1024, 512, keep_bytes=0)
+    assert (kept.backward_products, formed.backward_products) == (2, 3)
+    assert kept.saved_bytes - formed.saved_bytes == bytes_kept(1024, 1024, torch.float32)
+    assert "kept for the backward pass" in str(kept)
+    assert "never stored" in str(formed)
+    assert clipfast.explain(8192, 512).backward_products == 3
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    x, y = features("trained", 40, 50, 8)
+    with torch.no_grad():
+        loss = clipfast.contrastive_loss(x, y, 14.3, backend="cpu")
+    assert torch.equal(loss, clipfast.contrastive_loss(x, y, 14.3, backend="cpu"))
+
+
+def test_a_graph_that_is_kept_gives_the_same_twice() -> None:
+    x, y = (t.requires_grad_() for t in features("trained", 100, 130, 24))
+    loss = clipfast.contrastive_loss(x, y, 14.3, backend="cpu")
+    first, second = (torch.autograd.grad(loss, (x, y), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
