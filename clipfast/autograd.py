@@ -121,8 +121,14 @@ def flat(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with the fields of its last argument, a NamedTuple, in its place, as operators take options."""
     signature = inspect.signature(function, eval_str=True)
     *parameters, last = signature.parameters.values()
+    defaults = last.annotation._field_defaults
     fields = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=of)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            annotation=of,
+            default=defaults.get(name, inspect.Parameter.empty),
+        )
         for name, of in get_type_hints(last.annotation).items()
     ]
 
