@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,3 +69,17 @@ def test_transformers_over_a_group(two: Ranks, name: str) -> None:
     """Unequal batches; transformers' own loss has all pairs on each rank."""
     pytest.importorskip("transformers", reason="transformers is missing; the extra `transformers` brings it")
     alike(two, transformers_training, (name, True), (name, False))
+
+
+def test_the_torchrun_line_runs() -> None:
+    root = Path(__file__).parents[1]
+    pages = [(root / page).read_text() for page in ("README.md", "docs/many-gpus.md")]
+    lines = {line for page in pages for line in re.findall(r"^torchrun (.*)$", page, flags=re.MULTILINE)}
+    assert lines == {"--nproc-per-node 2 examples/many_gpus.py"}
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(lines.pop())]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    losses = [float(text.split()[1]) for text in done.stdout.splitlines()]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
