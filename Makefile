@@ -9,7 +9,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 demo: $(VENV)/demo.stamp
 	rm -rf runs/demo
-	$(BIN)/python -m clipfast.train --out runs/demo
+	$(BIN)/python -m clipfast.emoji --out runs/demo
 
 # Several tests run at a time: OpenMP's threads must not wait by spinning, and NumPy, which Triton's interpreter computes
 # with, takes one thread.

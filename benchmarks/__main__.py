@@ -48,6 +48,11 @@ def run(options: argparse.Namespace) -> None:
     print(f"written: {path}")
 
 
+def many_ranks(options: argparse.Namespace) -> None:
+    setting = scaling.Setting(options.tflops, options.gigabytes)
+    scaling.main(setting, options.ranks, options.out, tqdm.write)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command")
@@ -89,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     many.add_argument("--tflops", type=float, default=400, help="a GPU's matrix products; default: %(default)s")
     many.add_argument("--gigabytes", type=float, default=50, help="that a GPU sends per second; default: %(default)s")
-    many.set_defaults(call=lambda options: scaling.main(scaling.Setting(options.tflops, options.gigabytes), tqdm.write))
+    many.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="processes; default: 1 2 3 4")
+    many.add_argument("--out", type=Path, help=OUT)
+    many.set_defaults(call=many_ranks)
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("--") and given[0] != "--help"):
         given.insert(0, "run")

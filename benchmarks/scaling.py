@@ -10,7 +10,7 @@ import datetime
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,8 @@ from torch.multiprocessing.spawn import spawn
 
 import clipfast
 from benchmarks import environment
-from clipfast import dispatch, schemes
+from clipfast import dispatch, predictions, schemes
 
-RANKS = (1, 2, 3, 4)
 ROWS, WIDTH = 512, 512  # of each rank
 ROUNDS = 5
 GPUS = tuple(8 << k for k in range(10))
@@ -55,6 +54,8 @@ class Counter:
         for backend in dispatch.BACKENDS:
             counts.append((backend, "forward", lambda block, *_: self._multiply(block, 1)))
             counts.append((backend, "backward", lambda block, *_: self._multiply(block, 3)))
+            counts.append((backend, "sigmoid", lambda block, *_: self._multiply(block, 3)))
+            counts.append((backend, "distillation", lambda block, *_: self._multiply(block, 4)))
         for owner, name, count in counts:
             self.patches.enter_context(mock.patch.object(owner, name, self._counted(getattr(owner, name), count)))
         return self
@@ -83,21 +84,20 @@ class Counter:
         self.products += products * block.n * block.m * block.d
 
 
-def measure(ranks: int) -> list[dict[str, Any]]:
+def measure(ranks: int, rows: int = ROWS, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Of each scheme the median seconds of forward and backward, and what a rank sends and multiplies in them."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_measure, (ranks, folder), nprocs=ranks)  # type: ignore[no-untyped-call]
-        rows: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text())
-    return rows
+        spawn(_measure, (ranks, folder, rows, rounds), nprocs=ranks)  # type: ignore[no-untyped-call]
+        return json.loads((Path(folder) / "rows.json").read_text())  # type: ignore[no-any-return]
 
 
-def _measure(rank: int, ranks: int, folder: str) -> None:
+def _measure(rank: int, ranks: int, folder: str, rows: int, rounds: int) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
     torch.manual_seed(rank)
-    x, y = (torch.randn(ROWS, WIDTH, requires_grad=True) for _ in range(2))
+    x, y = (torch.randn(rows, WIDTH, requires_grad=True) for _ in range(2))
 
     def step(scheme: str) -> float:
         dist.barrier()
@@ -106,17 +106,17 @@ def _measure(rank: int, ranks: int, folder: str) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         return time.perf_counter() - started
 
-    rows = []
+    found = []
     for scheme in (schemes.GATHER, schemes.RING):
         with Counter() as counter:
             step(scheme)
-        seconds = sorted(step(scheme) for _ in range(ROUNDS))[ROUNDS // 2]
-        products = counter.products / ((ranks * ROWS) ** 2 * WIDTH)
-        rows.append(
+        seconds = sorted(step(scheme) for _ in range(rounds))[rounds // 2]
+        products = counter.products / ((ranks * rows) ** 2 * WIDTH)
+        found.append(
             {"ranks": ranks, "scheme": scheme, "seconds": seconds, "products": products, "bytes_sent": counter.sent}
         )
     if rank == 0:
-        (Path(folder) / "rows.json").write_text(json.dumps(rows))
+        (Path(folder) / "rows.json").write_text(json.dumps(found))
     dist.barrier()
     time.sleep(0.5)  # gloo's threads may still hold the last message
     dist.destroy_process_group()
@@ -130,7 +130,7 @@ def modelled(gpus: int, setting: Setting) -> list[dict[str, Any]]:
     both_towers = 4 * (gpus - 1) * rows * WIDTH * 2
     found = {"open_clip": (6.0, both_towers), "open_clip, local_loss": (6 / gpus, both_towers)}
     for scheme in (schemes.GATHER, schemes.RING):
-        prediction = schemes.predict(gpus, rows, rows, WIDTH, torch.bfloat16, scheme)
+        prediction = predictions.predict(gpus, rows, rows, WIDTH, torch.bfloat16, scheme)
         found[f"clipfast, {scheme}"] = (prediction.products, prediction.forward_bytes + prediction.backward_bytes)
     result = []
     for name, (products, sent) in found.items():
@@ -182,11 +182,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(setting: Setting, report: Callable[[str], None]) -> None:
-    result = environment.describe("cpu") | {"rows_per_rank": ROWS, "d": WIDTH, "setting": setting._asdict()}
-    result["measured"] = [row for ranks in RANKS for row in measure(ranks)]
+def run(setting: Setting, ranks: Sequence[int], rows: int = ROWS, rounds: int = ROUNDS) -> dict[str, Any]:
+    result = environment.describe("cpu") | {"rows_per_rank": rows, "d": WIDTH, "setting": setting._asdict()}
+    result["measured"] = [row for count in ranks for row in measure(count, rows, rounds)]
     result["modelled"] = [row for gpus in GPUS for row in modelled(gpus, setting)]
-    path = environment.RESULTS / f"scaling-{environment.file_name(environment.processor(), torch.get_num_threads())}"
+    return result
+
+
+def main(setting: Setting, ranks: Sequence[int], out: Path | None, report: Callable[[str], None]) -> None:
+    described = environment.describe("cpu")
+    path = environment.out_path(out, f"scaling-{environment.file_name(described['device'], described['threads'])}")
+    result = run(setting, ranks)
     environment.write_whole(path, result)
     plot(result, path.with_suffix(".png"))
     report(table(result))

@@ -175,12 +175,9 @@ def process_group(value: object) -> torch.distributed.ProcessGroup | None:
     return value if torch.distributed.get_world_size(value) > 1 else None
 
 
-def one_process(value: object, what: str) -> None:
-    """Refuse a group of several processes."""
-    if process_group(value) is not None:
-        raise NotImplementedError(
-            f"group: {what} over several processes is not available yet; pass None for each process's own batch"
-        )
+def device_of(features: object) -> torch.device:
+    """From which the ranks can send, also where the features are none."""
+    return features.device if isinstance(features, Tensor) else torch.device("cpu")
 
 
 def options_of(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

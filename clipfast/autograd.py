@@ -6,8 +6,10 @@ a torch.autograd.Function, which costs half the time. What the losses are is in 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -100,6 +102,23 @@ def differentiable(
 
     apply.operator = operator  # type: ignore[attr-defined]
     return apply
+
+
+def flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the fields of its last argument, a NamedTuple, in its place, as operators take options."""
+    signature = inspect.signature(function, eval_str=True)
+    *parameters, last = signature.parameters.values()
+    fields = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=of)
+        for name, of in get_type_hints(last.annotation).items()
+    ]
+
+    @functools.wraps(function)
+    def flattened(*inputs: Any) -> Any:
+        return function(*inputs[: len(parameters)], last.annotation(*inputs[len(parameters) :]))
+
+    flattened.__signature__ = signature.replace(parameters=[*parameters, *fields])  # type: ignore[attr-defined]
+    return flattened
 
 
 class _Function(torch.autograd.Function):

@@ -11,7 +11,7 @@ import operator
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +46,18 @@ class Ranks:
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             gather(_bytes(received).flatten(), _bytes(own.contiguous()).flatten(), group=self.group)
         return received
+
+    def gather_rows(self, own: Tensor, sizes: Sequence[int]) -> Tensor:  # [own size, ...] -> [sum of sizes, ...]
+        """Every rank's rows, in rank order; those of a rank with fewer travel with padding."""
+        longest = max(sizes)
+        padded = own
+        if len(own) < longest:
+            padded = own.new_zeros((longest, *own.shape[1:]))
+            padded[: len(own)] = own
+        received = self.gather(padded)
+        if min(sizes) == longest:
+            return received.flatten(0, 1)
+        return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
 
     def sum(self, own: Tensor) -> Tensor:  # [...]
         """The sum over ranks, the same on each."""
@@ -131,7 +143,8 @@ def refusing(group: dist.ProcessGroup, device: torch.device, equal_shards: bool)
         yield
     except (TypeError, ValueError):
         if not equal_shards:
-            _exchange(Ranks.of(group), RECORD.pack(1, 0, 0, 0, *[b""] * VALUES), device)
+            with suppress(RuntimeError):  # of the group, where others have not come; this rank's own says more
+                _exchange(Ranks.of(group), RECORD.pack(1, 0, 0, 0, *[b""] * VALUES), device)
         raise
 
 
@@ -157,19 +170,21 @@ def _named(ranks: list[int]) -> str:
     return f"rank {few}" if len(ranks) == 1 else f"ranks {few}"
 
 
-def world_of(rank: int, world_size: int) -> dist.ProcessGroup:
-    """All of the job's processes, which must be `world_size` and this one the `rank`-th."""
+def world_of(rank: int, world_size: int, device: torch.device, equal_shards: bool) -> dist.ProcessGroup:
+    """All of the job's processes, which must be `world_size` and this one the `rank`-th; the others are told if not."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             f"world_size: got {world_size}; accepted is 1 until torch.distributed.init_process_group has been called"
         )
-    if world_size != dist.get_world_size():
-        raise ValueError(
-            f"world_size: got {world_size}; accepted is that of torch.distributed, {dist.get_world_size()}"
-        )
-    if rank != dist.get_rank():
-        raise ValueError(f"rank: got {rank}; accepted is that of torch.distributed, {dist.get_rank()}")
-    return dist.distributed_c10d._get_default_group()
+    world = dist.distributed_c10d._get_default_group()
+    with refusing(world, device, equal_shards):
+        if world_size != dist.get_world_size():
+            raise ValueError(
+                f"world_size: got {world_size}; accepted is that of torch.distributed, {dist.get_world_size()}"
+            )
+        if rank != dist.get_rank():
+            raise ValueError(f"rank: got {rank}; accepted is that of torch.distributed, {dist.get_rank()}")
+    return world
 
 
 def warn_of_a_local_loss() -> None:
@@ -181,7 +196,7 @@ def warn_of_a_local_loss() -> None:
         warnings.warn(
             f"clipfast: this loss is that of this process's own rows, in a job of {count} processes. For the loss over "
             "all of them write group=torch.distributed.group.WORLD",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

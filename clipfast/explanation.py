@@ -9,17 +9,19 @@ import torch
 from clipfast import arguments, dispatch
 from clipfast.block import POSITIVE, SAME_IDS
 from clipfast.memory import Memory
+from clipfast.predictions import PRODUCTS, Prediction, predict
 from clipfast.problem import DISTILLATION, DTYPES, IDS, RANKS, SIGMOID, Problem
+from clipfast.schemes import AUTO, GATHER, SCHEMES
 
 LOSSES = {"contrastive": frozenset(), "siglip": frozenset({SIGMOID}), "distillation": frozenset({DISTILLATION})}
-PRODUCTS = {"contrastive": (1, 3), "siglip": (3, 0), "distillation": (6, 0)}  # forward, backward
 
 
 @dataclass(frozen=True)
 class Explanation:
     """What a loss would do with a problem; print it to read it.
 
-    Bytes are bounds, P counts matrix products of n*m*d multiply-adds (2*n*m*d floating-point operations each).
+    Bytes are bounds, P counts matrix products of n*m*d multiply-adds (2*n*m*d floating-point operations each). Over
+    several ranks all is of each rank, the problem is the block that it visits at a time, and P the whole job's.
     """
 
     problem: Problem
@@ -29,8 +31,9 @@ class Explanation:
     workspace_bytes: int
     gradient_bytes: int
     dense_logits_bytes: int
-    forward_products: int
-    backward_products: int
+    forward_products: float
+    backward_products: float
+    ranks: Prediction | None = None
 
     def __str__(self) -> str:
         p = self.problem
@@ -43,8 +46,15 @@ class Explanation:
             f"workspace at most:   {_mib(self.workspace_bytes)}",
             f"gradients dx, dy:    {_mib(self.gradient_bytes)}",
             f"one n*m logits copy: {_mib(self.dense_logits_bytes)} (never stored)",
-            f"products: {self.forward_products} P forward, {self.backward_products} P backward",
+            f"products: {self.forward_products:g} P forward, {self.backward_products:g} P backward",
         ]
+        if self.ranks is not None:
+            lines += [
+                f"scheme: {self.ranks.scheme} ({self.ranks.reason})",
+                f"sent by each rank:   {_mib(self.ranks.forward_bytes)} forward, "
+                f"{_mib(self.ranks.backward_bytes)} backward",
+                f"held of others:      {_mib(self.ranks.held_bytes)}",
+            ]
         return "\n".join(lines)
 
 
@@ -60,6 +70,9 @@ def explain(
     label_smoothing: float = 0.0,
     same_id: str | None = None,
     return_metrics: bool = False,
+    world_size: int = 1,
+    scheme: str = AUTO,
+    equal_shards: bool = False,
     backend: str = "auto",
 ) -> Explanation:
     """Tell what would run for image features [n, d] and text features [m, d] (m = n if not given), and what it costs.
@@ -68,6 +81,8 @@ def explain(
         dtype: of the features, or its name, as "bfloat16".
         loss: "contrastive", "siglip" or "distillation" (from a teacher of the same d).
         same_id: "ignore" or "positive" where there are ids, else None.
+        world_size: the ranks of a group, each of which has n images and m texts. `Explanation.ranks` tells which scheme
+            and why, and the bytes that each rank sends.
         others: see `clipfast.contrastive_loss`.
 
     Raises:
@@ -86,16 +101,27 @@ def explain(
     label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
     if same_id is not None:
         arguments.choice("same_id", same_id, SAME_IDS)
+    arguments.choice("scheme", scheme, SCHEMES)
+    arguments.flag("equal_shards", equal_shards)
     needs = LOSSES[loss] | ({IDS} if same_id else set()) | ({RANKS} if return_metrics else set())
-    problem = Problem(n, m, d, dtype, torch.device(device), needs)
+    adds_positives = same_id == POSITIVE and loss == "contrastive"
+    ranks, visited = None, m
+    if arguments.positive_integer("world_size", world_size) > 1:
+        ranks = predict(
+            world_size, n, m, d, dtype, scheme, loss=loss, ids=bool(same_id), positives=adds_positives,
+            smoothing=bool(label_smoothing), metrics=return_metrics, equal_shards=equal_shards, normalize=normalize,
+        )  # fmt: skip
+        visited = world_size * m if ranks.scheme == GATHER else m
+    problem = Problem(n, visited, d, dtype, torch.device(device), needs)
     chosen = dispatch.select(problem, arguments.backend_name(backend))
     module = dispatch.get(chosen)
+    workspace = module.workspace_bytes(problem)
     memory = Memory(
         problem,
-        workspace=module.workspace_bytes(problem),
+        workspace=workspace,
         normalize=normalize,
         label_smoothing=bool(label_smoothing),
-        adds_positives=same_id == POSITIVE and loss == "contrastive",
+        adds_positives=adds_positives,
         folds_norms=module.folds_norms(dtype),
     )
     forward_products, backward_products = PRODUCTS[loss]
@@ -103,12 +129,13 @@ def explain(
         problem=problem,
         chosen=chosen,
         refused=dispatch.refusals_before(chosen, problem),
-        saved_bytes=memory.saved_bytes,
-        workspace_bytes=memory.workspace_bytes,
-        gradient_bytes=problem.input_bytes,
-        dense_logits_bytes=problem.n * problem.m * 4,
-        forward_products=forward_products,
-        backward_products=backward_products,
+        saved_bytes=ranks.saved_bytes if ranks else memory.saved_bytes,
+        workspace_bytes=workspace + ranks.workspace_bytes if ranks else memory.workspace_bytes,
+        gradient_bytes=(n + m) * d * dtype.itemsize,
+        dense_logits_bytes=n * world_size * m * 4,
+        forward_products=ranks.forward_products if ranks else forward_products,
+        backward_products=ranks.backward_products if ranks else backward_products,
+        ranks=ranks,
     )
 
 

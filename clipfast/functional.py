@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast import arguments, dispatch, operators
+from clipfast import arguments, dispatch, distillation, operators, sigmoid
 from clipfast.block import IGNORE, SAME_IDS
 from clipfast.collectives import Ranks, refusing, warn_of_a_local_loss
 from clipfast.norms import l2_normalize
 from clipfast.problem import DISTILLATION, IDS, RANKS, SIGMOID, Problem, accumulation_dtype
-from clipfast.schemes import SCHEMES
+from clipfast.schemes import SCHEMES, GroupOptions
 from clipfast.softmax import BOTH, DIRECTIONS, IMAGE_TO_TEXT, MEAN, REDUCTIONS, TEXT_TO_IMAGE, Options
 
 GRAD_REDUCTIONS = ("mean", "sum")
@@ -90,17 +90,12 @@ def contrastive_loss(
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
             In a group the ranks that wait for this one raise ValueError too.
     """
-    ranks = arguments.process_group(group)
-    if group is None:
-        warn_of_a_local_loss()
-    with _telling(ranks, image_features, equal_shards):
-        arguments.flag("deterministic", False if deterministic is None else deterministic)
-        arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
-        arguments.choice("scheme", scheme, SCHEMES)
+    ranks = _ranks_of(group)
+    with telling(ranks, image_features, equal_shards):
+        _check_common(normalize, grad_reduction, scheme, deterministic)
         arguments.choice("direction", direction, DIRECTIONS)
         arguments.choice("reduction", reduction, REDUCTIONS)
         arguments.choice("same_id", same_id, SAME_IDS)
-        arguments.flag("normalize", normalize)
         arguments.flag("return_metrics", return_metrics)
         label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
         x, y = arguments.matched_features(image_features, text_features, fewest_rows=0 if ranks else 1)
@@ -123,10 +118,8 @@ def contrastive_loss(
     else:
         from clipfast import distributed  # imports torch's compiler, which takes a second
 
-        schemes = {"grad_reduction": grad_reduction, "scheme": scheme, "equal_shards": equal_shards}
-        loss, row_above, col_above = distributed.contrastive_loss(
-            x, y, scale, bias, *ids, options, group=ranks, **schemes
-        )
+        group_options = GroupOptions(ranks, grad_reduction, scheme, equal_shards)
+        loss, row_above, col_above = distributed.contrastive_loss(x, y, scale, bias, *ids, options, group_options)
     if not return_metrics:
         return loss
     return loss, recalls(row_above, col_above[: len(x)], direction, ranks)  # type: ignore[return-value]
@@ -144,6 +137,8 @@ def siglip_loss(
     same_id: str = IGNORE,
     group: Any = None,
     grad_reduction: str = "mean",
+    scheme: str = "auto",
+    equal_shards: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # 0-D
@@ -168,19 +163,26 @@ def siglip_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
-        NotImplementedError: an option that is marked as not available yet.
+            In a group the ranks that wait for this one raise ValueError too.
     """
-    arguments.flag("deterministic", False if deterministic is None else deterministic)
-    arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
-    arguments.choice("same_id", same_id, SAME_IDS)
-    arguments.flag("normalize", normalize)
-    arguments.one_process(group, "the sigmoid loss")
-    x, y = arguments.matched_features(image_features, text_features)
-    scale, bias = _scalars(x, logit_scale, logit_bias)
-    ids = arguments.numbered_ids(image_ids, text_ids, x, y)
-    backend = _select(x, y, backend, {SIGMOID} if ids[0] is None else {SIGMOID, IDS})
-    wanted = _wants_gradients(x, y, scale, bias)
-    loss, *_ = operators.siglip_loss(x, y, scale, bias, *ids, wanted, normalize, same_id, backend)
+    ranks = _ranks_of(group)
+    with telling(ranks, image_features, equal_shards):
+        _check_common(normalize, grad_reduction, scheme, deterministic)
+        arguments.choice("same_id", same_id, SAME_IDS)
+        x, y = arguments.matched_features(image_features, text_features, fewest_rows=0 if ranks else 1)
+        scale, bias = _scalars(x, logit_scale, logit_bias)
+        ids = arguments.ids(image_ids, text_ids, x, y)
+        backend = _select(x, y, backend, {SIGMOID} if ids[0] is None else {SIGMOID, IDS})
+    if ranks is not None:
+        from clipfast import distributed
+
+        options = sigmoid.Options(normalize, same_id, backend)
+        group_options = GroupOptions(ranks, grad_reduction, scheme, equal_shards)
+        return distributed.siglip_loss(  # type: ignore[no-any-return]
+            x, y, scale, bias, *ids, options, group_options
+        )
+    wanted, numbers = _wants_gradients(x, y, scale, bias), arguments.numbered_ids(*ids, x, y)
+    loss, *_ = operators.siglip_loss(x, y, scale, bias, *numbers, wanted, normalize, same_id, backend)
     return loss
 
 
@@ -195,6 +197,8 @@ def distillation_loss(
     normalize: bool = False,
     group: Any = None,
     grad_reduction: str = "mean",
+    scheme: str = "auto",
+    equal_shards: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # 0-D
@@ -221,27 +225,35 @@ def distillation_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
-        NotImplementedError: an option that is marked as not available yet.
+            In a group the ranks that wait for this one raise ValueError too.
     """
-    arguments.flag("deterministic", False if deterministic is None else deterministic)
-    arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
-    arguments.flag("normalize", normalize)
-    arguments.one_process(group, "distillation")
-    x, y = arguments.matched_features(image_features, text_features)
-    names = ("teacher_image_features", "teacher_text_features")
-    teacher = arguments.matched_features(teacher_image_features, teacher_text_features, names)
-    for name, theirs, own in zip(names, teacher, (x, y), strict=True):
-        if len(theirs) != len(own):
-            raise ValueError(f"{name}: got {len(theirs)} rows; accepted are the student's {len(own)}")
-        if theirs.device != own.device:
-            raise ValueError(f"{name}: is on {theirs.device}; the student's are on {own.device}")
-    dtype = torch.promote_types(x.dtype, teacher[0].dtype)
-    x, y, teacher_x, teacher_y = (t.to(dtype) for t in (x, y, *(t.detach() for t in teacher)))
-    scale, _ = _scalars(x, logit_scale)
-    teacher_scale = arguments.scalar("teacher_logit_scale", teacher_logit_scale, scale.dtype, x.device).detach()
-    backend = _select(x, y, backend, {DISTILLATION})
-    wanted = _wants_gradients(x, y, scale)
-    loss, *_ = operators.distillation_loss(x, y, scale, teacher_x, teacher_y, teacher_scale, wanted, normalize, backend)
+    ranks = _ranks_of(group)
+    with telling(ranks, image_features, equal_shards):
+        _check_common(normalize, grad_reduction, scheme, deterministic)
+        fewest_rows = 0 if ranks else 1
+        x, y = arguments.matched_features(image_features, text_features, fewest_rows=fewest_rows)
+        names = ("teacher_image_features", "teacher_text_features")
+        teacher = arguments.matched_features(teacher_image_features, teacher_text_features, names, fewest_rows)
+        for name, theirs, own in zip(names, teacher, (x, y), strict=True):
+            if len(theirs) != len(own):
+                raise ValueError(f"{name}: got {len(theirs)} rows; accepted are the student's {len(own)}")
+            if theirs.device != own.device:
+                raise ValueError(f"{name}: is on {theirs.device}; the student's are on {own.device}")
+        dtype = torch.promote_types(x.dtype, teacher[0].dtype)
+        x, y, teacher_x, teacher_y = (t.to(dtype) for t in (x, y, *(t.detach() for t in teacher)))
+        scale, _ = _scalars(x, logit_scale)
+        teacher_scale = arguments.scalar("teacher_logit_scale", teacher_logit_scale, scale.dtype, x.device).detach()
+        backend = _select(x, y, backend, {DISTILLATION})
+    both = x, y, scale, teacher_x, teacher_y, teacher_scale
+    if ranks is not None:
+        from clipfast import distributed
+
+        options = distillation.Options(normalize, backend)
+        group_options = GroupOptions(ranks, grad_reduction, scheme, equal_shards)
+        return distributed.distillation_loss(  # type: ignore[no-any-return]
+            *both, options, group_options
+        )
+    loss, *_ = operators.distillation_loss(*both, _wants_gradients(x, y, scale), normalize, backend)
     return loss
 
 
@@ -290,13 +302,27 @@ def recalls(
     return dict(zip(hits, totals[:-1] / totals[-1], strict=True))
 
 
-def _telling(group: Any, image_features: object, equal_shards: bool) -> AbstractContextManager[None]:
+def _ranks_of(group: Any) -> Any:
+    """The group that the loss is taken over, None for this process's own rows, which in a larger job is told once."""
+    if group is None:
+        warn_of_a_local_loss()
+    return arguments.process_group(group)
+
+
+def _check_common(normalize: object, grad_reduction: object, scheme: object, deterministic: object) -> None:
+    """The options that all losses have."""
+    arguments.flag("deterministic", False if deterministic is None else deterministic)
+    arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
+    arguments.choice("scheme", scheme, SCHEMES)
+    arguments.flag("normalize", normalize)
+
+
+def telling(group: Any, image_features: object, equal_shards: bool) -> AbstractContextManager[None]:
     """An error in the arguments is told to the other ranks, which wait for this one."""
     if group is None:
         return nullcontext()
     arguments.flag("equal_shards", equal_shards)
-    device = image_features.device if isinstance(image_features, Tensor) else torch.device("cpu")
-    return refusing(group, device, equal_shards)
+    return refusing(group, arguments.device_of(image_features), equal_shards)
 
 
 def _biases_of_candidates(logit_bias: object, x: Tensor, y: Tensor) -> Tensor | None:  # [n]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipfast import arguments, dispatch
-from clipfast.block import Block, Matches
+from clipfast import arguments, dispatch, retrieval
+from clipfast.block import number_ids
+from clipfast.functional import telling
 from clipfast.norms import l2_normalize
-from clipfast.problem import IDS, RANKS, Problem, accumulation_dtype
+from clipfast.problem import IDS, RANKS, Problem
+from clipfast.schemes import SCHEMES, GroupOptions
 from clipfast.softmax import without_autocast
-
-CHUNK_LOGITS = 1 << 28  # at a time, between looks at the progress bar
 
 
 @torch.no_grad()
@@ -28,6 +27,7 @@ def retrieval_metrics(
     image_ids: Tensor | None = None,  # [n]
     text_ids: Tensor | None = None,  # [m]
     group: Any = None,
+    scheme: str = "auto",
     backend: str = "auto",
 ) -> dict[str, float]:
     """Recall@k, median and mean rank in both directions.
@@ -46,7 +46,10 @@ def retrieval_metrics(
         normalize: compare by cosine (default) or by the plain dot product.
         image_ids: [n] integers.
         text_ids: [m] integers; image_ids where left out and m = n.
-        group: a process group; of more than one process: not available yet.
+        group: a process group, among all of whose ranks' rows is searched; each rank passes its own, any number of
+            images and texts, without ids a text for each image. Every similarity is counted once in the whole job, and
+            all ranks get the same metrics.
+        scheme: see `clipfast.contrastive_loss`.
         backend: "auto" or a name from `clipfast.backends()`.
 
     Returns:
@@ -55,66 +58,59 @@ def retrieval_metrics(
     Raises:
         TypeError, ValueError: an argument is not as stated, or no row has a match.
     """
-    if not isinstance(ks, Iterable):
-        raise TypeError(f"ks: got {arguments.type_name(ks)}; accepted is a sequence of integers from 1")
-    cuts = [arguments.positive_integer("ks", k) for k in ks]
-    arguments.flag("normalize", normalize)
-    arguments.one_process(group, "retrieval")
-    x, y = (t.detach() for t in arguments.feature_pair(image_features, text_features))
-    if image_ids is None and text_ids is None and len(x) != len(y):
-        raise ValueError(
-            f"text_features: got {len(y)} rows; accepted without ids are the {len(x)} rows of image_features"
-        )
-    row_ids, col_ids = arguments.numbered_ids(image_ids, text_ids, x, y)
-    needs = frozenset({RANKS} if row_ids is None else {RANKS, IDS})
-    problem = Problem(len(x), len(y), x.shape[1], x.dtype, x.device, needs)
-    chosen = dispatch.get(dispatch.select(problem, arguments.backend_name(backend)))
+    ranks = arguments.process_group(group)
+    with telling(ranks, image_features, equal_shards=False):
+        if not isinstance(ks, Iterable):
+            raise TypeError(f"ks: got {arguments.type_name(ks)}; accepted is a sequence of integers from 1")
+        cuts = tuple(arguments.positive_integer("ks", k) for k in ks)
+        arguments.flag("normalize", normalize)
+        arguments.choice("scheme", scheme, SCHEMES)
+        pair = arguments.feature_pair(image_features, text_features, fewest_rows=0 if ranks else 1)
+        x, y = (t.detach() for t in pair)
+        if image_ids is None and text_ids is None and len(x) != len(y):
+            raise ValueError(
+                f"text_features: got {len(y)} rows; accepted without ids are the {len(x)} rows of image_features"
+            )
+        ids = arguments.ids(image_ids, text_ids, x, y)
+        needs = frozenset({RANKS} if ids[0] is None else {RANKS, IDS})
+        problem = Problem(max(1, len(x)), max(1, len(y)), x.shape[1], x.dtype, x.device, needs)
+        backend = dispatch.select(problem, arguments.backend_name(backend))
     if normalize:
         x, y = l2_normalize(x), l2_normalize(y)
-    if row_ids is None or col_ids is None:
-        block = _block(x, y)
-    else:
-        # Rows of one id lie together, and so do the tiles that have matches; means do not look at the order.
-        (row_ids, rows), (col_ids, cols) = row_ids.sort(), col_ids.sort()
-        block = _block(x[rows], y[cols], len(x) + len(y), row_ids, col_ids)
-    metrics: dict[str, float] = {}
     with without_autocast(x.device):
-        ranks = _ranks(chosen, block)
-    for direction, of_direction in zip(("image_to_text", "text_to_image"), ranks, strict=True):
-        if not len(of_direction):
+        if ranks is None:
+            both = _ranks_of_matches(x, y, *ids, backend)
+        else:
+            from clipfast.distributed import ranks_of_matches  # imports torch's compiler, which takes a second
+
+            alike = {"ks": cuts, "normalize": normalize, "image_ids": "None" if ids[0] is None else "given"}
+            both = ranks_of_matches(x, y, *ids, backend, alike, GroupOptions(ranks, "mean", scheme, False))
+    metrics: dict[str, float] = {}
+    for direction, of_all in zip(("image_to_text", "text_to_image"), both, strict=True):
+        of_queries = of_all[of_all > 0]
+        if not len(of_queries):
             raise ValueError("text_ids: no text has the id of an image; there is nothing to retrieve")
-        metrics |= {f"{direction}_R@{k}": (of_direction <= k).double().mean().item() for k in cuts}
-        metrics[f"{direction}_median_rank"] = of_direction.double().median().item()
-        metrics[f"{direction}_mean_rank"] = of_direction.double().mean().item()
+        metrics |= {f"{direction}_R@{k}": (of_queries <= k).double().mean().item() for k in cuts}
+        metrics[f"{direction}_median_rank"] = of_queries.double().median().item()
+        metrics[f"{direction}_mean_rank"] = of_queries.double().mean().item()
     return metrics
 
 
-def _block(
-    x: Tensor, y: Tensor, diag_offset: int = 0, row_ids: Tensor | None = None, col_ids: Tensor | None = None
-) -> Block:
-    scale, bias = (torch.full((), value, dtype=accumulation_dtype(x.dtype), device=x.device) for value in (1.0, 0.0))
-    return Block(x, y, scale, bias, diag_offset, row_ids=row_ids, col_ids=col_ids)
-
-
-def _ranks(backend: ModuleType, block: Block) -> list[Tensor]:
-    """The ranks of the rows and of the columns that have a match."""
-    step = max(1, CHUNK_LOGITS // block.m)
-    parts = [slice(begin, min(begin + step, block.n)) for begin in range(0, block.n, step)]
-    rows, cols = zip(*(backend.matches(block.rows(part)) for part in _progress(parts, "matches")), strict=True)
-    best = Matches(torch.cat(rows), torch.stack(cols).amax(dim=0))
-    row_above, col_above = [], torch.zeros_like(best.cols, dtype=torch.int64)
-    for part in _progress(parts, "ranks"):
-        statistics = backend.forward(block.rows(part), Matches(best.rows[part], best.cols))
-        row_above.append(statistics.row_above)
-        col_above += statistics.col_above
-    counts = torch.cat(row_above), col_above
-    return [1 + above[match != -torch.inf] for above, match in zip(counts, best, strict=True)]
-
-
-def _progress(parts: list[slice], what: str) -> Iterable[slice]:
-    """The parts, with a bar on a terminal where they take more than a moment."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return parts
-    return tqdm(parts, desc=what, delay=2, disable=None, leave=False)
+def _ranks_of_matches(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    image_ids: Tensor | None,  # [n]
+    text_ids: Tensor | None,  # [m]
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # [n], [m], int64
+    """In one process; in any order, for the metrics do not look at it."""
+    if image_ids is None or text_ids is None:
+        block = retrieval.similarities(x, y)
+    else:
+        # Rows of one id lie together, and so do the tiles that have matches.
+        (row_ids, rows), (col_ids, cols) = (t.sort() for t in number_ids(image_ids, text_ids))
+        block = retrieval.similarities(x[rows], y[cols], len(y), row_ids, col_ids)
+    module = dispatch.get(backend)
+    best = retrieval.matches(module, block)
+    row_above, col_above = retrieval.count_above(module, block, best)
+    return retrieval.ranks(row_above, best.rows), retrieval.ranks(col_above, best.cols)

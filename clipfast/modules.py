@@ -29,11 +29,17 @@ class Loss(nn.Module):
         self.constructor = constructor
         self.options = options
 
-    def options_of_call(self, **ids: Tensor | None) -> dict[str, Any]:
-        """The function's options, with the group of the processes that the constructor named."""
+    def options_of_call(self, image_features: object, **ids: Tensor | None) -> dict[str, Any]:
+        """The function's options, with the group of the call."""
+        return {**ids, **self.options, **self.group_of_call(image_features)}
+
+    def group_of_call(self, image_features: object) -> dict[str, Any]:
+        """The group of the processes that the constructor named, if it named some."""
         rank, world_size = self.constructor["rank"], self.constructor["world_size"]
-        group = {"group": world_of(rank, world_size)} if world_size > 1 else {}
-        return {**ids, **self.options, **group}
+        if world_size == 1:
+            return {}
+        device, equal_shards = arguments.device_of(image_features), self.options.get("equal_shards", False)
+        return {"group": world_of(rank, world_size, device, equal_shards)}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in (self.constructor | self.options).items())
@@ -92,7 +98,7 @@ class ContrastiveLoss(Loss):
         text_ids: Tensor | None = None,  # [m]
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-D; with output_dict a dict with it under "contrastive_loss" and no other key."""
-        options = self.options_of_call(image_ids=image_ids, text_ids=text_ids)
+        options = self.options_of_call(image_features, image_ids=image_ids, text_ids=text_ids)
         loss: Any = contrastive_loss(image_features, text_features, logit_scale, logit_bias, **options)
         if self.options.get("return_metrics"):
             loss, self.metrics = loss
@@ -105,14 +111,14 @@ class SigLipLoss(Loss):
     Args:
         cache_labels: accepted; there are no labels to cache.
         rank: this process's number in range(world_size).
-        world_size: the number of processes; more than 1 is not available yet.
-        dist_impl: None, "bidir", "shift", "reduce" or "gather"; without effect.
+        world_size: the number of processes, as in ContrastiveLoss.
+        dist_impl: None, "bidir", "shift", "reduce" or "gather": accepted; the option `scheme` says how texts travel.
         options: the keyword options of `clipfast.siglip_loss`, but for the ids, which come with each batch.
 
     Raises:
         TypeError: an option is unknown.
-        ValueError: rank lies outside range(world_size), or dist_impl is unknown.
-        NotImplementedError: world_size > 1.
+        ValueError: rank lies outside range(world_size), or dist_impl is unknown; in the call, rank and world_size are
+            not those of torch.distributed.
     """
 
     def __init__(
@@ -125,10 +131,6 @@ class SigLipLoss(Loss):
     ) -> None:
         if dist_impl is not None:
             arguments.choice("dist_impl", dist_impl, ("bidir", "shift", "reduce", "gather"))
-        if world_size > 1:
-            raise NotImplementedError(
-                f"world_size: got {world_size}; the sigmoid loss over several processes is not available yet"
-            )
         constructor = {"cache_labels": cache_labels, "rank": rank, "world_size": world_size, "dist_impl": dist_impl}
         super().__init__(constructor, arguments.options_of(siglip_loss, options))
 
@@ -145,7 +147,7 @@ class SigLipLoss(Loss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-D; with output_dict a dict with it under "contrastive_loss" and no other key."""
         bias = 0.0 if logit_bias is None else logit_bias
-        options = self.options_of_call(image_ids=image_ids, text_ids=text_ids)
+        options = self.options_of_call(image_features, image_ids=image_ids, text_ids=text_ids)
         loss = siglip_loss(image_features, text_features, logit_scale, bias, **options)
         return {"contrastive_loss": loss} if output_dict else loss
 

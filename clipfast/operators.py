@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from clipfast import distillation, sigmoid, softmax
-from clipfast.autograd import differentiable
+from clipfast.autograd import differentiable, flat
 from clipfast.block import Statistics
 from clipfast.problem import kept_dtype, statistics_dtype
 
 
+@flat
 def _contrastive_forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d], m >= n
@@ -20,22 +21,16 @@ def _contrastive_forward(
     bias: Tensor,  # []
     image_ids: Tensor | None,  # [n], int32
     text_ids: Tensor | None,  # [m], int32
-    normalize: bool,
-    label_smoothing: float,
-    direction: str,
-    reduction: str,
-    same_id: str,
-    metrics: bool,
-    backend: str,
+    options: softmax.Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss and the statistics; row_above and col_above are empty without metrics."""
-    options = softmax.Options(normalize, label_smoothing, direction, reduction, same_id, metrics, backend)
     loss, statistics = softmax.forward(x, y, scale, bias, image_ids, text_ids, options)
     row_lse, col_lse, positive, *above = statistics
     row_above, col_above = (x.new_empty(0, dtype=torch.int32) if t is None else t for t in above)
     return loss, row_lse, col_lse, positive, row_above, col_above
 
 
+@flat
 def _contrastive_backward(
     gradient: Tensor,  # as the loss
     x: Tensor,  # [n, d]
@@ -47,15 +42,8 @@ def _contrastive_backward(
     row_lse: Tensor,  # [n]
     col_lse: Tensor,  # [m]
     positive: Tensor,  # [n]
-    normalize: bool,
-    label_smoothing: float,
-    direction: str,
-    reduction: str,
-    same_id: str,
-    metrics: bool,
-    backend: str,
+    options: softmax.Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx [n, d], dy [m, d], dscale [], dbias []
-    options = softmax.Options(normalize, label_smoothing, direction, reduction, same_id, metrics, backend)
     statistics = Statistics(row_lse, col_lse, positive)
     gradients, dbias = softmax.backward(gradient, x, y, scale, bias, image_ids, text_ids, statistics, options)
     return *gradients, dbias.to(bias.dtype)
@@ -87,6 +75,7 @@ contrastive_loss = differentiable(
 )
 
 
+@flat
 def _siglip_forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
@@ -95,11 +84,8 @@ def _siglip_forward(
     image_ids: Tensor | None,  # [n], int32
     text_ids: Tensor | None,  # [m], int32
     gradients: bool,
-    normalize: bool,
-    same_id: str,
-    backend: str,
+    options: sigmoid.Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # the loss, dx, dy, dscale, dbias; without gradients they are empty
-    options = sigmoid.Options(normalize, same_id, backend)
     loss, formed, dbias = sigmoid.forward(x, y, scale, bias, image_ids, text_ids, gradients, options)
     if formed is None or dbias is None:
         dx, dy, dscale, dbias = _no_gradients(x, y, scale, bias)
@@ -107,6 +93,7 @@ def _siglip_forward(
     return loss, *formed, dbias.to(bias.dtype)
 
 
+@flat
 def _distillation_forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
@@ -115,10 +102,8 @@ def _distillation_forward(
     teacher_y: Tensor,  # [m, d']
     teacher_scale: Tensor,  # []
     gradients: bool,
-    normalize: bool,
-    backend: str,
+    options: distillation.Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # the loss, dx, dy, dscale; without gradients they are empty
-    options = distillation.Options(normalize, backend)
     loss, formed = distillation.forward(x, y, scale, teacher_x, teacher_y, teacher_scale, gradients, options)
     dx, dy, dscale = _no_gradients(x, y, scale) if formed is None else formed
     return loss, dx, dy, dscale

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipfast.collectives import RECORD, Ranks, Shards
-from clipfast.logit_sums import Sums
+from clipfast.collectives import Ranks, Shards
 from clipfast.problem import accumulation_dtype
 
 AUTO, GATHER, RING = SCHEMES = ("auto", "gather", "ring")
@@ -30,6 +29,15 @@ Visit = Callable[[int, Sequence[Tensor]], Tensor | None]
 Merge = Callable[[Tensor], Tensor]
 
 
+class GroupOptions(NamedTuple):
+    """What `clipfast.contrastive_loss` says of the ranks of its group."""
+
+    group: torch.distributed.ProcessGroup
+    grad_reduction: str
+    scheme: str
+    equal_shards: bool
+
+
 @dataclass(frozen=True)
 class Gather:
     """Every rank holds all texts, and visits them at once; what belongs to columns is sent home, O(M) for each."""
@@ -42,16 +50,7 @@ class Gather:
 
     def spread(self, own: Tensor) -> Tensor:  # [m_r, ...] -> [M, ...]
         """What a visit needs of the texts."""
-        texts = self.shards.texts
-        longest = max(texts)
-        padded = own
-        if len(own) < longest:
-            padded = own.new_zeros((longest, *own.shape[1:]))
-            padded[: len(own)] = own
-        received = self.ranks.gather(padded)
-        if min(texts) == longest:
-            return received.flatten(0, 1)
-        return torch.cat([part[:m] for part, m in zip(received, texts, strict=True)])
+        return self.ranks.gather_rows(own, self.shards.texts)
 
     def columns(self, held: Sequence[Tensor], visit: Visit, merge: Merge) -> Tensor | None:
         """Visit all texts; the rank's own columns of what all ranks' visits returned, merged in rank order."""
@@ -138,65 +137,3 @@ def gathered_bytes(texts: int, d: int, dtype: torch.dtype) -> int:
 def make(scheme: str, ranks: Ranks, shards: Shards, d: int, dtype: torch.dtype) -> Scheme:
     name, _ = chosen(scheme, sum(shards.texts), d, dtype)
     return Gather(ranks, shards) if name == GATHER else Ring(ranks, shards)
-
-
-class Prediction(NamedTuple):
-    """What the loss over so many ranks costs each of them; P counts products of the whole job's N*M*d multiply-adds."""
-
-    scheme: str
-    reason: str
-    forward_bytes: int  # sent by this rank
-    backward_bytes: int
-    held_bytes: int  # of other ranks' texts and the gradients by them
-    products: float  # P
-
-
-def predict(ranks: int, n: int, m: int, d: int, dtype: torch.dtype, scheme: str = AUTO, **options: bool) -> Prediction:
-    """For equal shards of n images and m texts on each rank; `options` are those of `bytes_sent`."""
-    name, reason = chosen(scheme, ranks * m, d, dtype)
-    job = make(name, Ranks(None, 0, ranks), Shards((n,) * ranks, (m,) * ranks, True, True), d, dtype)
-    held = gathered_bytes(ranks * m, d, dtype)
-    if name == RING:
-        # The texts that are visited and those that come; the gradients that leave, come and are formed, and their sum.
-        held = m * d * (2 * dtype.itemsize + 5 * accumulation_dtype(dtype).itemsize)
-    return Prediction(name, reason, *bytes_sent(job, d, dtype, **options), held, 4 / ranks)
-
-
-def bytes_sent(
-    scheme: Scheme,
-    d: int,
-    dtype: torch.dtype,
-    *,
-    ids: bool = False,
-    positives: bool = False,
-    smoothing: bool = False,
-    metrics: bool = False,
-    mean: bool = True,
-    text_gradients: bool = True,
-    equal_shards: bool = False,
-) -> tuple[int, int]:
-    """What this rank's forward and backward pass of the contrastive loss send, if every rank sends to each itself.
-
-    Args:
-        scheme: with the number of rows on each rank.
-        d: of the features, with their dtype.
-        dtype: see d.
-        ids: whether pairs with equal ids are ignored or, with positives, made positives.
-        positives: see ids.
-        smoothing: whether labels are smoothed.
-        metrics: whether negatives above the matches are counted.
-        mean: whether the reduction is "mean".
-        text_gradients: whether any rank wants a gradient of its text features.
-        equal_shards: whether ranks do without the record.
-    """
-    others, number = scheme.ranks.count - 1, torch.float64.itemsize
-    texts = d * dtype.itemsize + number * ids
-    forward = scheme.bytes_of_spread(texts) + (0 if equal_shards else others * RECORD.size) + 2 * number * others * mean
-    if metrics:
-        forward += scheme.bytes_of_columns(texts, number) + scheme.bytes_of_spread(number)
-    sums = len(Sums._fields) * (smoothing or positives)
-    forward += scheme.bytes_of_columns(texts + number * metrics, number * (1 + metrics + sums))
-    weights = number * (2 + positives + smoothing)
-    gradients = d * accumulation_dtype(dtype).itemsize * text_gradients
-    backward = scheme.bytes_of_spread(weights) + scheme.bytes_of_columns(texts + weights, gradients)
-    return forward, backward + (2 + mean) * number * others

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +58,13 @@ def process_group() -> Iterator[None]:
     yield
     time.sleep(0.5)
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Any]:
+    """Four processes for all tests of several ranks: to start them takes seconds."""
+    from ranks import Ranks
+
+    four = Ranks(4)
+    yield four
+    four.close()

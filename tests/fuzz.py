@@ -477,19 +477,22 @@ def _worker(seeds: range, to_parent: Connection) -> None:
     to_parent.send((seeds.stop, None))
 
 
-def faults(seeds: range) -> Iterator[tuple[int, str | None]]:
+Worker = Callable[[range, Connection], None]
+
+
+def faults(seeds: range, worker: Worker = _worker, seconds: float = SECONDS) -> Iterator[tuple[int, str | None]]:
     """Seeds as they are begun, and what was wrong with some; a process that dies or hangs is followed by another."""
     context = multiprocessing.get_context("spawn")
     while seeds:
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_worker, args=(seeds, sender), daemon=True)
+        process = context.Process(target=worker, args=(seeds, sender), daemon=True)
         process.start()
         sender.close()
         seed, why = seeds.start, ""
         while seed != seeds.stop and not why:
             try:
-                if not receiver.poll(SECONDS):
-                    why = f"hangs for {SECONDS} s"
+                if not receiver.poll(seconds):
+                    why = f"hangs for {seconds:g} s"
                     process.kill()
                     break
                 seed, fault = receiver.recv()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import importlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -25,12 +25,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torchvision_stub import make_importable
 from towers import Towers
 
 import clipfast
 from benchmarks.scaling import Counter
 from clipfast.problem import accumulation_dtype
+from clipfast.schemes import GroupOptions
 from clipfast.softmax import Options
 
 DEFAULTS = {
@@ -54,7 +54,7 @@ class Failed(Exception):
 class Ranks:
     """`count` processes; `run` has each call a function, and returns what each returned or how it failed."""
 
-    def __init__(self, count: int, timeout: float = TIMEOUT) -> None:
+    def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
@@ -62,7 +62,7 @@ class Ranks:
         for rank in range(count):
             here, there = context.Pipe()
             store = Path(self.folder.name) / "store"
-            process = context.Process(target=_serve, args=(there, rank, count, str(store), timeout), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, count, str(store)), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -100,11 +100,11 @@ def _receive(pipe: Connection) -> Any:
     return Failed(result) if failed else result
 
 
-def _serve(pipe: Connection, rank: int, count: int, store: str, timeout: float) -> None:
+def _serve(pipe: Connection, rank: int, count: int, store: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=timeout)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=TIMEOUT)
     )
     while True:
         try:
@@ -157,10 +157,7 @@ def contrastive(
         shard.get("image_ids"),
         shard.get("text_ids"),
         Options(**DEFAULTS | options),
-        group=group,
-        grad_reduction=grad_reduction,
-        scheme=scheme,
-        equal_shards=equal_shards,
+        GroupOptions(group, grad_reduction, scheme, equal_shards),
     )
     gradient = torch.as_tensor(upstream[rank] if upstream else 1.0, dtype=loss.dtype).expand(loss.shape)
     gradients = torch.autograd.grad(loss, (x, y, s, b), gradient, retain_graph=True)
@@ -170,32 +167,78 @@ def contrastive(
     return result if row_above is None else result | {"row_above": row_above, "col_above": col_above}
 
 
-def cost(
-    rank: int, group: Any, shards: Sequence[dict[str, Any]], options: dict[str, Any], scheme: str, equal_shards: bool
-) -> tuple[int, int, int, int]:
-    """Bytes sent forward and backward, multiply-adds, and bytes saved between the passes, x and y among them."""
-    from clipfast import distributed
+def formed(
+    rank: int,
+    group: Any,
+    name: str,  # of the loss
+    shards: Sequence[
+        dict[str, Any]
+    ],  # each rank's x [n, d], y [m, d], perhaps image_ids and text_ids, and its teacher's
+    scale: float,
+    bias: float,
+    options: dict[str, Any],
+    upstream: Sequence[float] = (),
+) -> dict[str, torch.Tensor]:
+    """This rank's siglip_loss or distillation_loss, and its gradients."""
+    inputs = dict(shards[rank])
+    x, y = (inputs.pop(key).detach().requires_grad_() for key in ("x", "y"))
+    s, b = (torch.tensor(v, dtype=accumulation_dtype(x.dtype), requires_grad=True) for v in (scale, bias))
+    if name == "siglip_loss":
+        loss = clipfast.siglip_loss(x, y, s, b, **inputs, group=group, **options)
+    else:
+        loss = clipfast.distillation_loss(x, y, s, *inputs.values(), group=group, **options) + 0 * b
+    gradient = torch.tensor(upstream[rank] if upstream else 1.0, dtype=loss.dtype)
+    gradients = torch.autograd.grad(loss, (x, y, s, b), gradient, retain_graph=True)
+    again = torch.autograd.grad(loss, (x, y, s, b), gradient)
+    assert all(torch.equal(g, a) for g, a in zip(gradients, again, strict=True))
+    return dict(zip(("dx", "dy", "dscale", "dbias"), gradients, strict=True)) | {"loss": loss.detach()}
 
+
+def retrieval(
+    rank: int, group: Any, shards: Sequence[dict[str, Any]], options: dict[str, Any]
+) -> tuple[dict[str, float], int]:
+    """The metrics, and the multiply-adds of this rank's forward passes."""
+    shard = dict(shards[rank])
+    with Counter() as counter:
+        metrics = clipfast.retrieval_metrics(shard.pop("x"), shard.pop("y"), **shard, group=group, **options)
+    return metrics, counter.products
+
+
+def cost(
+    rank: int,
+    group: Any,
+    name: str,  # of the loss
+    shards: Sequence[dict[str, Any]],
+    options: dict[str, Any],
+    scheme: str = "gather",
+    equal_shards: bool = False,
+) -> tuple[int, int, int, int, int]:
+    """Bytes sent forward and backward, multiply-adds, bytes saved between the passes and the peak, but for x and y."""
     shard, saved = shards[rank], dict[int, int]()
-    x, y = (shard[name].detach().clone().requires_grad_() for name in ("x", "y"))
+    x, y = (shard[key].detach().clone().requires_grad_() for key in ("x", "y"))
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.0))
+    ids = {key: shard[key].clone() for key in ("image_ids", "text_ids") if key in shard}
+    teacher = (x.detach(), y.detach(), 3.0) if name == "distillation_loss" else (bias,)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with Counter() as counter:
+    with (
+        Counter() as counter,
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler,
+    ):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss, *_ = distributed.contrastive_loss(
-                *(x, y, scale, bias, shard.get("image_ids"), shard.get("text_ids"), Options(**DEFAULTS | options)),
-                group=group,
-                grad_reduction="mean",
-                scheme=scheme,
-                equal_shards=equal_shards,
-            )
+            how = {"group": group, "scheme": scheme, "equal_shards": equal_shards, "backend": "torch"}
+            loss = getattr(clipfast, name)(x, y, scale, *teacher, **ids, **how | options)
+            loss = loss[0] if isinstance(loss, tuple) else loss
         forward = counter.sent
         loss.sum().backward()
-    return forward, counter.sent - forward, counter.products, sum(saved.values())
+    events = profiler.profiler.kineto_results.events()
+    peak = max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    return forward, counter.sent - forward, counter.products, sum(saved.values()), peak
 
 
 def step(
@@ -269,8 +312,39 @@ def call(
     return loss.item()
 
 
+def named(rank: int, group: Any, loss: str, ranks: Sequence[int], world_sizes: Sequence[int]) -> float:
+    """A module's loss with the rank and the world_size that this rank is said to have."""
+    module = getattr(clipfast, loss)(rank=ranks[rank], world_size=world_sizes[rank], backend="torch")
+    x = torch.randn(3, 4)
+    return module(x, x, 2.0, 0.5).item()  # type: ignore[no-any-return]
+
+
+def under_autocast(rank: int, group: Any, x: torch.Tensor, y: torch.Tensor, scheme: str) -> list[list[torch.Tensor]]:
+    """Losses, gradients and counts without autocast and with it."""
+    x, y = (t[rank].detach().requires_grad_() for t in (x, y))
+    found = []
+    for enabled in (False, True):
+        results = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            how = {"normalize": True, "group": group, "scheme": scheme, "backend": "torch"}
+            loss, metrics = clipfast.contrastive_loss(x, y, 14.3, return_metrics=True, **how)
+            results += metrics.values()
+            others = (
+                clipfast.siglip_loss(x, y, 14.3, -3.0, **how),
+                clipfast.distillation_loss(x, y, 14.3, y.detach(), x.detach(), 5.0, **how),
+            )
+            for value in (loss, *others):
+                results += [value.detach(), *torch.autograd.grad(value, (x, y))]
+            options = {"group": group, "scheme": scheme, "backend": "torch"}
+            results += [torch.tensor(v) for v in clipfast.retrieval_metrics(x, y, **options).values()]
+        found.append(results)
+    return found
+
+
 def fail(rank: int, group: Any, how: str, scheme: str) -> float:
     """A rank raises, ends or hangs between the passes of others."""
+    # To connect takes a loaded machine longer than a test should wait for a rank that is gone.
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=FAIL_TIMEOUT), group)
     x = torch.randn(4, 3, requires_grad=True)
     loss = clipfast.contrastive_loss(x, x, 2.0, group=group, scheme=scheme, backend="torch")
     if rank == 1 and how == "raise":
@@ -307,26 +381,3 @@ def compiled(rank: int, group: Any) -> tuple[float, float, list[tuple[str, str]]
     expected = torch.autograd.grad(plain, model.image.weight)[0]
     assert torch.allclose(model.image.weight.grad, expected, atol=1e-6)
     return got.item(), plain.item(), breaks
-
-
-def against_open_clip(rank: int, group: Any, flags: dict[str, bool]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """open_clip's own loss under its flags and clipfast's: the losses, and the gradients after DDP's averaging."""
-    make_importable()
-    open_clip_loss = importlib.import_module("open_clip.loss")
-    torch.manual_seed(rank)
-    images, texts = torch.randn(4, 6), torch.randn(4, 7)
-    found = []
-    for loss in (
-        open_clip_loss.ClipLoss(rank=rank, world_size=dist.get_world_size(), **flags),
-        clipfast.ContrastiveLoss(rank=rank, world_size=dist.get_world_size(), backend="torch", **flags),
-    ):
-        torch.manual_seed(0)
-        model = Towers()
-        with warnings.catch_warnings():
-            # open_clip gathers by a function that torch deprecates.
-            warnings.simplefilter("ignore", FutureWarning)
-            wrapped = DistributedDataParallel(model)  # averages while it lives
-            value = loss(**wrapped(images, texts))
-            value.backward()
-        found.append({"loss": value.detach()} | {name: p.grad for name, p in model.named_parameters()})
-    return {name: (found[0][name], found[1][name]) for name in found[0]}

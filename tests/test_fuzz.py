@@ -10,6 +10,7 @@ from typing import Any
 
 import fuzz
 import pytest
+from broken_worker import broken_worker
 
 import clipfast
 
@@ -43,3 +44,8 @@ def test_the_program_reports_and_ends() -> None:
     environment = os.environ | {"PYTHONPATH": path}
     output = subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout
     assert output == "3 cases from seed 7: none wrong\n"
+
+
+def test_a_process_that_dies_or_hangs_is_followed_by_another() -> None:
+    found = [(seed, why) for seed, why in fuzz.faults(range(6), broken_worker, seconds=5) if why]
+    assert found == [(1, "the process died with exit code 11"), (3, "hangs for 5 s")]

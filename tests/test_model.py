@@ -79,7 +79,7 @@ def test_residual_blocks_begin_as_the_identity() -> None:
 
 
 @pytest.mark.parametrize("text", TEXT_ENCODERS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["vit-tiny", "resnet-tiny"])
 def test_clip(name: str, text: str) -> None:
     model = build_model(name, 50, 7, text)
     images = torch.randn(3, 3, CONFIGS[name].image_size, CONFIGS[name].image_size)

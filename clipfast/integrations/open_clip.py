@@ -45,8 +45,8 @@ def patch(**options: Any) -> None:
     A second call changes the options and nothing else. A subclass with its own `get_logits`, `get_ground_truth`,
     `_loss` or `dist_loss` means another loss and keeps open_clip's forward.
 
-    With world_size > 1 a patched ClipLoss is that of all ranks, with the gradients of one process, whatever the flags
-    local_loss and gather_with_grad are; the other two raise NotImplementedError. use_horovod raises ValueError.
+    With world_size > 1 a patched loss is that of all ranks, with the gradients of one process, whatever the flags
+    local_loss, gather_with_grad and dist_impl are. use_horovod raises ValueError.
     An empty batch, n = 0, raises ValueError, where open_clip's formula gives NaN. The teacher of DistillClipLoss gets
     no gradient.
 
@@ -134,12 +134,9 @@ def _distill_forward(options: dict[str, Any], distill_options: dict[str, Any]) -
         teacher = dist_image_features, dist_text_features, dist_logit_scale
         if _has_a_formula_of_its_own(self, DistillClipLoss):
             return OPEN_CLIP_FORWARDS[DistillClipLoss](self, *student, *teacher, output_dict)  # type: ignore[no-any-return]
-        if self.world_size > 1:
-            raise NotImplementedError(
-                f"world_size: got {self.world_size}; distillation over several processes is not available yet"
-            )
-        contrastive = _like(self, ContrastiveLoss, CONSTRUCTOR, options).forward(*student)
-        distill = distillation_loss(*student, *teacher, **distill_options)
+        like = _like(self, ContrastiveLoss, CONSTRUCTOR, options)
+        contrastive = like.forward(*student)
+        distill = distillation_loss(*student, *teacher, **distill_options | like.group_of_call(image_features))
         return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
 
     return forward

@@ -39,6 +39,9 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):  # type
     or, with directions=("query_to_doc", "doc_to_query") and partition_mode="per_direction", the mean of it and of
     cross_entropy(similarities.T[:n], torch.arange(n)).
 
+    With gather_across_devices every process gets the mean over the queries of all, where sentence-transformers' has
+    that of its own; the averaged gradients are the same. Batches need not be equal.
+
     Args:
         arguments, options: those of sentence-transformers' loss.
         backend: "auto" or a name from `clipfast.backends()`.
@@ -46,8 +49,7 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):  # type
     Raises:
         ValueError: sentence-transformers' loss refuses an argument.
         NotImplementedError: an argument means a loss that needs similarities one by one: other directions, both in one
-            softmax (partition_mode="joint"), hardness_mode, a similarity_fct other than cos_sim and dot_score. When it
-            is called: gather_across_devices in more than one process.
+            softmax (partition_mode="joint"), hardness_mode, a similarity_fct other than cos_sim and dot_score.
     """
 
     def __init__(self, *arguments: Any, backend: str = "auto", **options: Any) -> None:
@@ -73,16 +75,18 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):  # type
         """The loss, 0-D, of embeddings [n, d]: the queries', their positives', and any number of negatives'."""
         if len(embeddings) < 2:
             raise ValueError(f"embeddings: got {len(embeddings)}; at least those of queries and positives are needed")
-        if self.gather_across_devices and _processes() > 1:
-            raise NotImplementedError(
-                "gather_across_devices: the loss over several processes is not available yet; pass False for each "
-                "process's own batch"
-            )
         direction = "both" if set(self.directions) == BOTH_DIRECTIONS else "image_to_text"
         queries, *documents = embeddings
         normalize = self.similarity_fct is cos_sim
+        group = torch.distributed.group.WORLD if self.gather_across_devices and _processes() > 1 else None
         return contrastive_loss(
-            queries, torch.cat(documents), self.scale, normalize=normalize, direction=direction, backend=self.backend
+            queries,
+            torch.cat(documents),
+            self.scale,
+            normalize=normalize,
+            direction=direction,
+            group=group,
+            backend=self.backend,
         )
 
 

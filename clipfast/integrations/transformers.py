@@ -27,7 +27,8 @@ With Trainer (examples/transformers_trainer.py is a whole program), whose data c
     clipfast_transformers.patch()
     Trainer(model=CLIPModel(config), data_collator=collate, ...).train()    # collate(rows)["return_loss"] is True
 
-As in transformers, each of several processes computes the loss of its own batch.
+As in transformers, each of several processes computes the loss of its own batch, or with
+patch(group=torch.distributed.group.WORLD) that of all processes' pairs. The logits are those of its own.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def patch(model: nn.Module | None = None, **options: Any) -> None:
 
     Raises:
         TypeError: the patch does not reach the model, or an option is unknown.
-        NotImplementedError: an option is not available yet, as world_size > 1.
+        ValueError: an option's value is refused.
     """
     if model is not None and type(model).forward not in {*TRANSFORMERS_FORWARDS.values(), *(m.forward for m in MODELS)}:
         reached = ", ".join(one.__name__ for one in MODELS)

@@ -1,0 +1,267 @@
+"""The demo: a small CLIP learns drawings from what is said of them, and is asked about things that it never saw.
+
+Whole concepts are held out, the kangaroo among them, with the drawings of every artist. A caption says a thing's name,
+what kind of thing it is, keywords: "cat, pet, an animal". Kinds are words in captions, never labels; that the drawing
+of a kangaroo is an animal must come from the words that other drawings came with.
+
+The text tower is a pretrained sentence encoder, frozen (Zhai et al. 2022, arXiv:2111.07991), or the paper's transformer
+or bag of words from scratch. Frozen embeddings cost nothing to compare with, so each picture is told from a caption of
+every training concept, not of the batch's only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipfast.emoji.data import Concept, Pairs, Tokenizer, augment, draw, read_concepts, require, split, to_float
+from clipfast.emoji.encoder import DrawingEncoder
+from clipfast.emoji.minilm import MiniLM
+from clipfast.emoji.words import KINDS, words_of
+from clipfast.metrics import retrieval_metrics
+from clipfast.models import CBOW, CLIP, TextTransformer, classify, zero_shot_weights
+from clipfast.modules import ContrastiveLoss
+
+SIZE, EMBED_DIM = 48, 384
+TEXTS = ("minilm", "transformer", "cbow")
+PROMPTS = ("{}", "a picture of {}", "a drawing of {}", "an emoji of {}")
+VOCAB_SIZE, CONTEXT_LENGTH = 2000, 32
+KEYWORD_CAPTIONS, KEYWORDS = 3, 3  # of each concept; in each caption
+SHEET_PICTURES, SHEET_PIXELS = 12, 144
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything that decides a run.
+
+    Args:
+        out: the folder that gets result.json, model.pt and retrieval.png.
+        text: the text tower: "minilm", pretrained and frozen, or "transformer" or "cbow" from scratch.
+        steps: of training.
+        batch_size: pictures in a step.
+        lr: peak learning rate.
+        weight_decay: on matrices and convolutions.
+        seed: of the held-out concepts, the initial weights and all batches.
+
+    Raises:
+        ValueError: the text tower is unknown, or a number is not positive.
+    """
+
+    out: str = "runs/demo"
+    text: str = "minilm"
+    steps: int = 600
+    batch_size: int = 256
+    lr: float = 3e-3
+    weight_decay: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.text not in TEXTS:
+            raise ValueError(f"text: got {self.text!r}; accepted are {', '.join(TEXTS)}")
+        for name in ("steps", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; accepted is a positive number")
+
+
+def captions_of(concept: Concept) -> list[str]:
+    """What may be said of a concept: its names, also with its kind, and with some of its keywords and its kind."""
+    kind, keywords = words_of(concept.pictures[0].file.stem)
+    names = list(dict.fromkeys(caption for picture in concept.pictures for caption in picture.captions))[:4]
+    some = random.Random(concept.name)  # the same in every run
+    captions = [*names, *(f"{name}, {kind}" for name in names)]
+    for _ in range(KEYWORD_CAPTIONS):
+        chosen = some.sample(keywords, min(KEYWORDS, len(keywords)))
+        captions.append(", ".join([some.choice(names), *chosen, kind]))
+    return list(dict.fromkeys(captions))
+
+
+def kind_of(concept: Concept) -> int:
+    """The place of a concept's kind in KINDS."""
+    return list(KINDS).index(words_of(concept.pictures[0].file.stem)[0])
+
+
+class Embeddings(nn.Module):
+    """In place of a text encoder where the tokens are a frozen tower's embeddings already."""
+
+    output_dim = MiniLM.output_dim
+
+    def forward(self, embeddings: Tensor) -> Tensor:  # [b, 384] -> the same
+        return embeddings
+
+
+class Emoji:
+    """What all runs share: every concept, drawn and put into words once, and the pretrained text tower."""
+
+    def __init__(self) -> None:
+        self.concepts = [_without_tones(concept) for concept in read_concepts(others=["twemoji"])]
+        self.index = {concept.name: index for index, concept in enumerate(self.concepts)}
+        self.pairs = Pairs(self.concepts, SIZE)
+        self.captions = [captions_of(concept) for concept in self.concepts]
+        self.minilm = cache(MiniLM)
+
+
+def _without_tones(concept: Concept) -> Concept:
+    """Each artist's first drawing under each name: the others differ in the colour of the skin."""
+    first = {(picture.file.parent, picture.name): picture for picture in reversed(concept.pictures)}
+    return Concept(tuple(picture for picture in concept.pictures if picture in first.values()))
+
+
+class Run:
+    """A model, its tokens, and the concepts on both sides."""
+
+    def __init__(self, demo: Demo, emoji: Emoji) -> None:
+        self.demo, self.emoji = demo, emoji
+        training, self.held_out = split(emoji.concepts, demo.seed)
+        self.training = [emoji.index[concept.name] for concept in training]
+        torch.manual_seed(demo.seed)
+        said = [caption for index in self.training for caption in emoji.captions[index]]
+        self.tokenize: Callable[[Sequence[str]], Tensor]
+        text_encoder: nn.Module
+        if demo.text == "minilm":
+            self.tokenize, text_encoder = emoji.minilm(), Embeddings()
+            self.tokenize(said)  # all at once, sorted by length
+        else:
+            self.tokenize = Tokenizer.train(said, VOCAB_SIZE, CONTEXT_LENGTH)
+            size = self.tokenize.vocab_size
+            if demo.text == "transformer":
+                text_encoder = TextTransformer(size, CONTEXT_LENGTH, 256, 2, 4, 0.1)
+            else:
+                text_encoder = CBOW(size, 256, 0.3)
+        self.model = CLIP(DrawingEncoder(), text_encoder, EMBED_DIM)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every concept once in an epoch, as a random drawing with a random caption; without end.
+
+        Yields images [b, 3, h, w] and tokens [m, ...], m >= b: further rows are captions of other concepts.
+        """
+        generator = torch.Generator().manual_seed(self.demo.seed)
+        pairs, captions, size = self.emoji.pairs, self.emoji.captions, self.demo.batch_size
+
+        def pick(options: Sequence[Any]) -> Any:
+            return options[int(torch.randint(len(options), (), generator=generator))]
+
+        while True:
+            order = [self.training[i] for i in torch.randperm(len(self.training), generator=generator).tolist()]
+            for begin in range(0, len(order) - size + 1, size):
+                batch = order[begin : begin + size]
+                others = order[:begin] + order[begin + size :] if self.demo.text == "minilm" else []
+                images = augment(pairs.images[[pick(pairs.rows[index]) for index in batch]], generator)
+                tokens = self.tokenize([pick(captions[index]) for index in batch + others])
+                yield images.contiguous(memory_format=torch.channels_last), tokens
+
+    def train(self) -> None:
+        """AdamW with a linear warm-up and a cosine, as `clipfast.train`."""
+        demo, model = self.demo, self.model
+        if demo.batch_size > len(self.training):
+            raise ValueError(f"batch_size: got {demo.batch_size}; accepted are up to {len(self.training)}")
+        parameters = list(model.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": demo.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=demo.lr, betas=(0.9, 0.98))
+        warmup = max(1, demo.steps // 10)
+
+        def rate(step: int) -> float:
+            rest = (step - warmup) / max(1, demo.steps - warmup)
+            return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * rest))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        model.train()
+        with require("tqdm").tqdm(
+            total=demo.steps, desc=f"training, seed {demo.seed}", unit="step", mininterval=1
+        ) as bar:
+            for images, tokens in islice(self._batches(), demo.steps):
+                loss = ContrastiveLoss()(**model(images, tokens))
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                schedule.step()
+                with torch.no_grad():
+                    model.head.logit_scale.clamp_(max=math.log(100))
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        model.eval()
+
+    @torch.no_grad()
+    def result(self) -> dict[str, Any]:
+        """Recall among the held-out names, and the kind that each held-out drawing is taken for, among all kinds."""
+        images = to_float(Pairs(self.held_out, SIZE, plain=True).images)
+        names = [concept.name for concept in self.held_out]
+        prompts = zero_shot_weights(self.model, self.tokenize, names, PROMPTS)
+        recall = retrieval_metrics(self.model.encode_image(images), prompts)
+        kinds = classify(self.model, images, zero_shot_weights(self.model, self.tokenize, list(KINDS), PROMPTS))
+        right = torch.tensor([kind_of(concept) for concept in self.held_out])
+        best, phrases = kinds.max(dim=-1), list(KINDS)
+        return {
+            **asdict(self.demo),
+            "held_out": len(names),
+            "largest_kind": right.bincount().max().item() / len(names),
+            "accuracy": (best.indices == right).double().mean().item(),
+            **{name: value for name, value in recall.items() if "R@" in name},
+            "answers": [
+                {"name": name, "kind": phrases[kind], "answer": phrases[index], "probability": round(value, 4)}
+                for name, kind, index, value in zip(
+                    names, right.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+                )
+            ],
+        }
+
+    def draw(self, path: Path) -> None:
+        """The first held-out drawings with their best names; see `pictures.plot_retrieval`."""
+        pictures = require("clipfast.emoji.pictures")
+        shown, names = self.held_out[:SHEET_PICTURES], [concept.name for concept in self.held_out]
+        images = to_float(Pairs(shown, SIZE, plain=True).images)
+        weights = zero_shot_weights(self.model, self.tokenize, names, PROMPTS)
+        large = draw([concept.pictures[0].file for concept in shown], SHEET_PIXELS)
+        pictures.plot_retrieval(path, large, names, classify(self.model, images, weights))
+
+
+def run(demo: Demo, emoji: Emoji) -> dict[str, Any]:
+    """Train, write the folder's files, and return the result; see `Run.result`."""
+    out = Path(demo.out)
+    out.mkdir(parents=True, exist_ok=True)
+    this = Run(demo, emoji)
+    this.train()
+    result = this.result()
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    torch.save({"demo": asdict(demo), "model": this.model.state_dict()}, out / "model.pt")
+    this.draw(out / "retrieval.png")
+    return result
+
+
+def report(result: dict[str, Any]) -> str:
+    """The figures next to chance, then what each of the first held-out things is, in words."""
+    n, kinds = result["held_out"], len(KINDS)
+    lines = [f"{n} things that no step has seen, neither drawings nor names"]
+    for k in (1, 5, 10):
+        names, drawings = (f"{result[f'{way}_R@{k}']:.1%}" for way in ("image_to_text", "text_to_image"))
+        lines.append(f"recall@{k}: {names} by the drawing, {drawings} by the name (chance {k / n:.1%})")
+    always = f"always the largest kind {result['largest_kind']:.1%}"
+    lines.append(f"what is it? {result['accuracy']:.1%} right (chance {1 / kinds:.1%}, {always})")
+    for answer in reversed(result["answers"][:SHEET_PICTURES]):
+        wrong = "" if answer["answer"] == answer["kind"] else f"; wrong, it is {answer['kind']}"
+        lines.append(f"{answer['name']}: {answer['answer']} ({answer['probability']:.2f}){wrong}")
+    return "\n".join(lines)
+
+
+def record(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """One file of several seeds: the means, and of each seed its figures and what the first held-out thing is."""
+    figures = [name for name in results[0] if "R@" in name or name in ("accuracy", "largest_kind")]
+    rows = [{name: result[name] for name in ("seed", *figures)} | result["answers"][0] for result in results]
+    means = {name: sum(result[name] for result in results) / len(results) for name in figures}
+    run_by = {name: results[0][name] for name in ("text", "steps", "batch_size", "lr", "weight_decay", "held_out")}
+    machine = {"date": str(date.today()), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    path.write_text(json.dumps(machine | run_by | {"mean": means, "seeds": rows}, indent=1) + "\n")
