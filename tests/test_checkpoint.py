@@ -22,7 +22,7 @@ from clipfast.training.run import main
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra `demo` brings it")
 
 ARGUMENTS = ("--dataset-type", "synthetic", "--train-num-samples", "8", "--batch-size", "8", "--precision", "fp32",
-             "--workers", "0", "--text", "cbow")  # fmt: skip
+             "--workers", "0", "--text", "cbow", "--model", "resnet-tiny")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -79,9 +79,12 @@ def kill_and_resume(logs: Path, kills: int, seed: int, *flags: str) -> tuple[int
     run, draw, met, steps = logs / "killed", random.Random(seed), 0, []
     for _ in range(kills):
         resume = ("--resume", "latest") if (run / "settings.json").exists() else flags
+        began, log = time.time(), run / "log.csv"
         process = start(*resume, "--logs", str(logs), "--name", "killed")
-        # The first seconds are Python's and torch's.
-        time.sleep(draw.uniform(2, 9))
+        if draw.random() < 0.8:  # while it trains and saves; else also before, while it starts
+            while process.poll() is None and not (log.exists() and log.stat().st_mtime > began):
+                time.sleep(0.05)
+        time.sleep(draw.uniform(0, 2))
         met += process.poll() is None
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +29,17 @@ ATTEMPTS = 20  # pairs in place of one that cannot be read
 TOKENIZER_CAPTIONS = 100_000  # from which one is learned
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """A rank's part of a step."""
 
     images: Tensor  # [b, 3, size, size]
     tokens: Tensor  # [b, s]
     unreadable: list[tuple[str, str]]  # name and reason of each pair that could not be read
+
+    def pin_memory(self) -> Batch:
+        """For copies to a GPU that nobody waits for."""
+        return Batch(self.images.pin_memory(), self.tokens.pin_memory(), self.unreadable)
 
 
 def number(*parts: object) -> int:

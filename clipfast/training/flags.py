@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--vocab-size", 49_408, "most tokens of a learned tokenizer")
     add("--workers", 4, "processes that read, for each rank; any number gives the same batches")
     add = _Group(made, "model")
-    add("--model", "resnet-tiny", "the encoders", choices=tuple(CONFIGS))
+    add("--model", "RN50", "the encoders", choices=tuple(CONFIGS))
     add("--text", "transformer", "the text encoder", choices=TEXT_ENCODERS)
     add("--siglip", False, "the sigmoid loss, with a bias")
     add("--lock-image", False, "freeze the image encoder")

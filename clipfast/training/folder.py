@@ -8,9 +8,10 @@ import platform
 import shlex
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ from clipfast.training.flags import Refused, go_on
 SETTINGS, TOKENIZER = "settings.json", "tokenizer.json"
 
 
-class Start(NamedTuple):
+@dataclass(frozen=True)
+class Start:
     """Where a run begins."""
 
     settings: argparse.Namespace

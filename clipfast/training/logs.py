@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -11,8 +12,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clipfast.emoji.data import require
 from clipfast.training.checkpoint import write_whole
+
+
+def _peak() -> int:
+    """Most bytes that this process has held: on the GPU if there is one, else in all."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Table:
@@ -71,8 +81,9 @@ class Logs(ExitStack):
             shown["in-batch accuracy"] = f"{row['accuracy']:.1%}"
         self.bar.set_postfix(shown)
         if write:
-            self.training.add({**row, "samples_per_s": round(speed, 2)})
-            self._board("train", {**row, "samples_per_s": speed})
+            cost = {"samples_per_s": round(speed, 2), "peak_mib": round(_peak() / 2**20)}
+            self.training.add({**row, **cost})
+            self._board("train", {**row, **cost})
             self.began, self.since = time.perf_counter(), row["step"]
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
