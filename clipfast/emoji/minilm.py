@@ -36,6 +36,7 @@ class MiniLM(nn.Module):
     """
 
     output_dim = WIDTH
+    positions: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class MiniLM(nn.Module):
         weights = require("safetensors.torch").load_file(folder / "model.safetensors")
         names = ("word", "position", "token_type")
         words, positions, types = (weights[f"embeddings.{name}_embeddings.weight"] for name in names)
-        self.words = nn.Embedding.from_pretrained(words)
+        self.words = nn.Embedding(len(words), WIDTH, _weight=words)
         self.register_buffer("positions", positions[:MOST_TOKENS] + types[0])
         self.norm = nn.LayerNorm(WIDTH, EPS)
         self.norm.load_state_dict({part: weights[f"embeddings.LayerNorm.{part}"] for part in ("weight", "bias")})
