@@ -36,10 +36,10 @@ LAYERS = (
     {"models.transformer", "emoji", "emoji.data", "training", "training.checkpoint"},
     {"models.image", "models.text"},
     {"models.clip"},
-    {"models.convert", "models.tokenizer", "models.zero_shot"},
+    {"models.convert", "models.evaluation", "models.tokenizer", "models.zero_shot"},
     {"models", "emoji.encoder", "emoji.minilm", "emoji.pictures", "emoji.words"},
     {"emoji.demo"},
-    {"emoji.__main__"},
+    {"emoji.__main__", "emoji.evaluate"},
     {"training.run"},
     {"train"},
     {
