@@ -82,7 +82,9 @@ def plot_retrieval(path: Path, images: Tensor, names: Sequence[str], probabiliti
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(3.5 * columns, 1.75 * rows + 0.8), layout="constrained")
     figure.suptitle(f"Drawings the model never saw, and its best {BEST} of {len(names)} unseen names", fontsize=14)
-    figure.supxlabel(f"bars: probability; green: the right name.  {CREDIT}", fontsize=8, color=TRAINING)
+    figure.supxlabel(
+        f"bars: probability, full width 100 %; green: the right name.  {CREDIT}", fontsize=8, color=TRAINING
+    )
     cells = figure.subplots(rows, 2 * columns, width_ratios=[1, 1.5] * columns, squeeze=False)
     for axes in cells.flat:
         axes.axis("off")
@@ -100,8 +102,8 @@ def plot_retrieval(path: Path, images: Tensor, names: Sequence[str], probabiliti
             right = name == index
             label = f"{_short(names[name], 26)}  {value:.0%}"
             weight = "bold" if right else "normal"
-            bars.text(0.02 * max(values), place, label, va="center", fontsize=8, color=TEXT, fontweight=weight)
-        bars.set(xlim=(0, max(values) * 1.5), ylim=(len(best) - 0.5, -0.5))
+            bars.text(0.02, place, label, va="center", fontsize=8, color=TEXT, fontweight=weight)
+        bars.set(xlim=(0, 1), ylim=(len(best) - 0.5, -0.5))
         bars.set_title(f"right name: rank {rank}", fontsize=8, color=RIGHT if rank <= BEST else TRAINING, loc="left")
     _save(figure, path)
 
