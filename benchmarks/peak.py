@@ -11,8 +11,10 @@ import torch
 from clipfast.backends import cpu
 
 SECONDS = 0.005  # of one measurement, at least
-REPEATS = 4
+REPEATS = 2
 FIRST_ROUNDS = 1 << 14
+
+_long_enough: dict[tuple[str, str], int] = {}  # rounds, by instruction set and dtype
 
 
 def available() -> bool:
@@ -37,13 +39,15 @@ def multiply_adds_per_second(dtype: str) -> float:
         done = _cpu.multiply_adds(instruction_set, dtype, rounds)
         return done, time.perf_counter() - begin
 
-    best, rounds, long_enough = 0.0, FIRST_ROUNDS, 0
+    key, best, repeats = (instruction_set, dtype), 0.0, 0
+    rounds = _long_enough.get(key, FIRST_ROUNDS)
     with ThreadPoolExecutor(threads) as pool:
-        while long_enough < REPEATS:
+        while repeats < REPEATS:
             measured = list(pool.map(run, [rounds] * threads))
-            if min(seconds for _, seconds in measured) < SECONDS:
+            if min(seconds for _, seconds in measured) < SECONDS / 2:
                 rounds *= 2
                 continue
             best = max(best, sum(done / seconds for done, seconds in measured))
-            long_enough += 1
+            repeats += 1
+    _long_enough[key] = rounds
     return best

@@ -13,6 +13,8 @@ from torch import Tensor
 from clipfast.block import Block, Gradients
 from clipfast.problem import accumulation_dtype, positive_rows, statistics_dtype
 
+ROWS = 512  # of one step
+
 
 class Sums(NamedTuple):
     """Counts and sums of one side's logits, per row; float64 where the device has it. Blocks merge by adding."""
@@ -72,41 +74,56 @@ class _Side(NamedTuple):
 
     def same(self, values: Tensor) -> Tensor:  # [m, ...] -> [n, ...]
         """The sum of the values of the columns that are `same` as each row."""
-        n, m = self.x.shape[0], self.y.shape[0]
+        return self._of_rows(self._groups(values), values, slice(0, self.x.shape[0]))
+
+    def _groups(self, values: Tensor) -> Tensor:  # [m, ...] -> [number of ids, ...]
+        """The sum of the values of all columns of an id."""
         if self.row_ids is None or self.col_ids is None:
-            return values.new_zeros((n, *values.shape[1:]))
-        groups = values.new_zeros((n + m, *values.shape[1:]))
+            return values[:0]
+        groups = values.new_zeros((self.x.shape[0] + self.y.shape[0], *values.shape[1:]))
         if values.is_cuda:
-            groups.index_put_(
-                (self.col_ids.long(),), values, accumulate=True
-            )  # sorts; index_add_ would be in any order
+            # It sorts; index_add_ would be in any order.
+            groups.index_put_((self.col_ids.long(),), values, accumulate=True)
         else:
             groups.index_add_(0, self.col_ids, values)
-        total = groups[self.row_ids]
-        first, last = positive_rows(n, m, self.diag_offset)
-        own_values = values[first + self.diag_offset : last + self.diag_offset]
-        own_ids = self.col_ids[first + self.diag_offset : last + self.diag_offset] == self.row_ids[first:last]
+        return groups
+
+    def _of_rows(self, groups: Tensor, values: Tensor, part: slice) -> Tensor:  # [rows, ...]
+        """Some rows of `same`: their id's sum without what their positive has in it."""
+        if self.row_ids is None or self.col_ids is None:
+            return values.new_zeros((part.stop - part.start, *values.shape[1:]))
+        total = groups[self.row_ids[part]]
+        first, last = positive_rows(self.x.shape[0], self.y.shape[0], self.diag_offset)
+        first = max(first, part.start)
+        last = max(first, min(last, part.stop))
+        own = slice(first + self.diag_offset, last + self.diag_offset)
+        own_ids = self.col_ids[own] == self.row_ids[first:last]
         shape = (-1, *[1] * (values.ndim - 1))
-        total[first:last] -= torch.where(own_ids.reshape(shape), own_values, 0)
+        total[first - part.start : last - part.start] -= torch.where(own_ids.reshape(shape), values[own], 0)
         return total
 
     def same_count(self) -> Tensor:  # [n]
         return self.same(self.y.new_ones(self.y.shape[0], dtype=statistics_dtype(self.y.device)))
 
     def sums(self, block: Block) -> Sums:
+        n, m = self.x.shape[0], self.y.shape[0]
         same_count = self.same_count()
-        same_y, all_y = self.same(self.y), self.y.sum(dim=0)
-        same_sum = self._logits(block, same_y, same_count)
-        all_count = torch.full_like(same_count, self.y.shape[0])
-        if self.ignores:
-            all_count, all_y = all_count - same_count, all_y - same_y
-        return Sums(same_count, same_sum, all_count, self._logits(block, all_y, all_count))
+        all_count = torch.full_like(same_count, m)
+        all_count = all_count - same_count if self.ignores else all_count
+        groups, every_y = self._groups(self.y), self.y.sum(dim=0)
+        sums: list[tuple[Tensor, Tensor]] = []
+        for begin in range(0, n, ROWS):  # their temporaries stay in the cache
+            part = slice(begin, min(begin + ROWS, n))
+            same_y = self._of_rows(groups, self.y, part)
+            all_y = every_y - same_y if self.ignores else every_y
+            of_parts = ((same_y, same_count[part]), (all_y, all_count[part]))
+            same_sum, all_sum = (self._logits(block, self.x[part], *of_part) for of_part in of_parts)
+            sums.append((same_sum, all_sum))
+        same_sum, all_sum = (torch.cat(parts) for parts in zip(*sums, strict=True)) if sums else (same_count,) * 2
+        return Sums(same_count, same_sum, all_count, all_sum)
 
-    def _logits(self, block: Block, y: Tensor, count: Tensor) -> Tensor:  # [n, d] or [d], [n] -> [n]
-        return (
-            block.scale.to(count.dtype) * (self.x * y).sum(dim=1, dtype=count.dtype)
-            + block.bias.to(count.dtype) * count
-        )
+    def _logits(self, block: Block, x: Tensor, y: Tensor, count: Tensor) -> Tensor:  # [n, d], [n, d] or [d], [n] -> [n]
+        return block.scale.to(count.dtype) * (x * y).sum(dim=1, dtype=count.dtype) + block.bias.to(count.dtype) * count
 
     def constant_gradient(self, row_constant: Tensor, col_constant: Tensor) -> Tensor:  # [n], [m] -> [n, d]
         row_constant, col_constant = (c.to(self.x.dtype)[:, None] for c in (row_constant, col_constant))
