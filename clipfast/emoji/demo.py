@@ -162,7 +162,7 @@ class Run:
                 yield images.contiguous(memory_format=torch.channels_last), tokens
 
     def train(self) -> None:
-        """AdamW with a linear warm-up and a cosine, as `python -m clipfast.train`."""
+        """AdamW with a linear warm-up and a cosine."""
         demo, model = self.demo, self.model
         if demo.batch_size > len(self.training):
             raise ValueError(f"batch_size: got {demo.batch_size}; accepted are up to {len(self.training)}")
