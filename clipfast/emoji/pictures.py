@@ -41,7 +41,7 @@ def plot_loss(
 
     Args:
         path: of the PNG.
-        history: rows of `clipfast.training.run.Result.history`.
+        history: rows of the demo's history.
         training_chance: ln of the batch size, the training loss of a model that guesses.
         held_out_chance: ln of the number of held-out concepts.
     """
