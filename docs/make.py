@@ -16,7 +16,7 @@ import clipfast
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "docs"
 TEMPLATE = Path(__file__).parent / "template"
-MODULES = ("reference", "models", "emoji", "training", "info", "integrations")
+MODULES = ("reference", "models", "emoji", "training", "train", "info", "integrations")
 
 
 def main() -> None:
