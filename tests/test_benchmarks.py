@@ -242,8 +242,8 @@ def test_a_readme_without_markers_is_refused() -> None:
 
 @pytest.mark.parametrize("loss", memory.LOSSES)
 def test_memory_of_one_case(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLIPFAST_KEEP_BYTES", "0")  # logits of a small batch may stay between the passes
     """The dense formula saves its logits, clipfast its inputs."""
+    monkeypatch.setenv("CLIPFAST_KEEP_BYTES", "0")  # logits of a small batch may stay between the passes
     n = 512
     measured = memory.measure(loss, n)
     input_bytes = 2 * n * memory.WIDTH * 4
