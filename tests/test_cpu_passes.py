@@ -101,22 +101,25 @@ for n, m, d, dtype, need in json.loads(sys.argv[1]):
     needs = frozenset([need] if need else [])
     predicted = cpu.workspace_bytes(Problem(n, m, d, dtype, torch.device("cpu"), needs))
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    s, b = torch.tensor(1.0, dtype=accumulator), torch.tensor(0.0, dtype=accumulator)
-    block = Block(torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), s, b)
+    x, y, b = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.tensor(0.0, dtype=accumulator)
     one, other = torch.ones(n, dtype=torch.float64), torch.ones(m, dtype=torch.float64)
     weights = Weights(one, one, other, other, one)
-    if need == "ranks":
-        matches = cpu.matches(block)
-        passes = [lambda: cpu.matches(block), lambda: cpu.forward(block, matches)]
-    else:
-        passes = [lambda: cpu.forward(block)]
-    passes.append(lambda: cpu.backward(block, weights, dtype))
-    if need == "sigmoid":
-        passes.append(lambda: cpu.sigmoid(block, 1.0, True, dtype))
-    if need == "distillation":
-        passes.append(lambda: cpu.distillation(block, weights, block, weights, True, dtype))
-    cpu.forward(replace(block, x=block.x[:1], y=block.y[:1]))
-    print(json.dumps([predicted, max(peak(compute) for compute in passes)]), flush=True)
+    measured = 0
+    for scale in (1.0, 1e-31):  # the second is beyond what products of bfloat16 pairs serve
+        block = Block(x, y, torch.tensor(scale, dtype=accumulator), b)
+        if need == "ranks":
+            matches = cpu.matches(block)
+            passes = [lambda: cpu.matches(block), lambda: cpu.forward(block, matches)]
+        else:
+            passes = [lambda: cpu.forward(block)]
+        passes.append(lambda: cpu.backward(block, weights, dtype))
+        if need == "sigmoid":
+            passes.append(lambda: cpu.sigmoid(block, 1.0, True, dtype))
+        if need == "distillation":
+            passes.append(lambda: cpu.distillation(block, weights, block, weights, True, dtype))
+        cpu.forward(replace(block, x=x[:1], y=y[:1]))
+        measured = max(measured, *(peak(compute) for compute in passes))
+    print(json.dumps([predicted, measured]), flush=True)
 """
 
 
@@ -133,7 +136,8 @@ def random_problems(count: int) -> list[tuple[int, int, int, str, str | None]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 def test_workspace_is_a_bound() -> None:
-    """measured <= predicted <= 1.3 measured, and a few pages, among them what grows with m alone."""
+    """measured <= predicted <= 1.3 measured, and a few pages, among them what grows with m alone. What is measured is the
+    largest of all passes, and of the scales that choose among the kernels, as the prediction says."""
     problems = [(8192, 300_000, 4, "float32", None), (1, 65536, 40, "float32", None), *random_problems(40)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384", "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "-c", MEASURE, json.dumps(problems)]
