@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from oracle import BFLOAT16_UNITS
 from torch import Tensor
 
 import clipfast
@@ -365,10 +366,13 @@ def rounding(
     relative = 4 * torch.finfo(accumulation_dtype(promoted)).eps * (largest + 2 + terms)
     if case.normalize and promoted in HALF_DTYPES:  # normalized rows are rounded to their dtype
         relative = relative + 2 * torch.finfo(promoted).eps * (largest + 2)
+    # Units that multiply bfloat16 as it is take G rounded to it.
+    multiplied = case.instruction_set in BFLOAT16_UNITS and case.dtypes == (torch.bfloat16, torch.bfloat16)
+    of_features = relative + (torch.finfo(torch.bfloat16).eps / 2 if multiplied else 0)
     return {
         "loss": relative * (case.m if case.loss == "siglip" else 4),
-        "x": relative * rows * abs(case.scale) * lengths[1] * shrinks[0],
-        "y": relative * cols.T * abs(case.scale) * lengths[0] * shrinks[1],
+        "x": of_features * rows * abs(case.scale) * lengths[1] * shrinks[0],
+        "y": of_features * cols.T * abs(case.scale) * lengths[0] * shrinks[1],
         "scale": relative * total * lengths[0] * lengths[1],
         "bias": relative * total,
     }

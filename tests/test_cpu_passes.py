@@ -136,8 +136,7 @@ def random_problems(count: int) -> list[tuple[int, int, int, str, str | None]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 def test_workspace_is_a_bound() -> None:
-    """measured <= predicted <= 1.3 measured, and a few pages, among them what grows with m alone. What is measured is the
-    largest of all passes, and of the scales that choose among the kernels, as the prediction says."""
+    """measured <= predicted <= 1.3 measured, and a few pages, among them what grows with m alone; at every scale."""
     problems = [(8192, 300_000, 4, "float32", None), (1, 65536, 40, "float32", None), *random_problems(40)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384", "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "-c", MEASURE, json.dumps(problems)]

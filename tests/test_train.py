@@ -155,9 +155,10 @@ def test_seeds(whole: Path, tmp_path: Path) -> None:
 
 
 def test_micro_batches_change_nothing(tmp_path: Path) -> None:
-    """Where there is no batch normalization."""
+    """Where there is no batch normalization. Of near ties, a count may see one or the other."""
     runs = [train(tmp_path, n, "--model", "vit-tiny", "--epochs", "1", "--accum-freq", n) for n in ("1", "5")]
     for one, two in zip(*map(table, runs), strict=True):
+        assert one.pop("accuracy") == pytest.approx(two.pop("accuracy"), abs=1 / 32)
         assert one == pytest.approx(two, abs=1e-5)
 
 
