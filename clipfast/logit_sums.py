@@ -25,10 +25,10 @@ class Sums(NamedTuple):
     all_sum: Tensor  # [n]
 
 
-def logit_sums(block: Block) -> tuple[Sums, Sums]:
-    """Of the block's rows and of its columns. The block has no factors."""
+def logit_sums(block: Block, smoothed: bool) -> tuple[Sums, Sums]:
+    """Of the block's rows and of its columns. The block has no factors. Sums that the loss does not take are 0."""
     side = _Side.of(block)
-    return side.sums(block), side.swapped().sums(block)
+    return side.sums(block, smoothed), side.swapped().sums(block, smoothed)
 
 
 def same_counts(block: Block) -> tuple[Tensor, Tensor]:  # [n], [m]
@@ -105,21 +105,21 @@ class _Side(NamedTuple):
     def same_count(self) -> Tensor:  # [n]
         return self.same(self.y.new_ones(self.y.shape[0], dtype=statistics_dtype(self.y.device)))
 
-    def sums(self, block: Block) -> Sums:
+    def sums(self, block: Block, smoothed: bool) -> Sums:
         n, m = self.x.shape[0], self.y.shape[0]
         same_count = self.same_count()
         all_count = torch.full_like(same_count, m)
         all_count = all_count - same_count if self.ignores else all_count
+        same_sum, all_sum = torch.zeros_like(same_count), torch.zeros_like(same_count)
         groups, every_y = self._groups(self.y), self.y.sum(dim=0)
-        sums: list[tuple[Tensor, Tensor]] = []
         for begin in range(0, n, ROWS):  # their temporaries stay in the cache
             part = slice(begin, min(begin + ROWS, n))
-            same_y = self._of_rows(groups, self.y, part)
-            all_y = every_y - same_y if self.ignores else every_y
-            of_parts = ((same_y, same_count[part]), (all_y, all_count[part]))
-            same_sum, all_sum = (self._logits(block, self.x[part], *of_part) for of_part in of_parts)
-            sums.append((same_sum, all_sum))
-        same_sum, all_sum = (torch.cat(parts) for parts in zip(*sums, strict=True)) if sums else (same_count,) * 2
+            x, same_y = self.x[part], self._of_rows(groups, self.y, part)
+            if block.adds_positives:
+                same_sum[part] = self._logits(block, x, same_y, same_count[part])
+            if smoothed:
+                all_y = every_y - same_y if self.ignores else every_y
+                all_sum[part] = self._logits(block, x, all_y, all_count[part])
         return Sums(same_count, same_sum, all_count, all_sum)
 
     def _logits(self, block: Block, x: Tensor, y: Tensor, count: Tensor) -> Tensor:  # [n, d], [n, d] or [d], [n] -> [n]

@@ -76,7 +76,7 @@ def forward(
             return mean(statistics).to(scale.dtype), statistics
         sums: tuple[Sums | None, Sums | None] = (None, None)
         if options.label_smoothing or block.adds_positives:
-            row_sums, col_sums = logit_sums(block)
+            row_sums, col_sums = logit_sums(block, options.label_smoothing > 0)
             sums = row_sums, Sums(*(t[: block.n] for t in col_sums))
         losses = (
             side.losses(of_side, options.label_smoothing, block.adds_positives)

@@ -127,7 +127,7 @@ def _statistics(
             of_rows.append(found.row_above.to(totals.dtype))
             of_cols.append(found.col_above.to(totals.dtype))
         if needs_sums:
-            row_sums, col_sums = logit_sums(block)
+            row_sums, col_sums = logit_sums(block, options.label_smoothing > 0)
             of_rows += row_sums
             of_cols += col_sums
         row_lse.copy_(torch.logaddexp(row_lse, found.row_lse))
