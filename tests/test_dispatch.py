@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from oracle import features
 
 import clipfast
 from clipfast import dispatch
+from clipfast.backends import cpu
 from clipfast.problem import Problem
 
 X = torch.randn(4, 3)
@@ -122,3 +124,28 @@ def test_import_loads_no_optional_package() -> None:
     loaded = run("import torch, sys; before = set(sys.modules); import clipfast; print(*set(sys.modules) - before)")
     for name in ("triton", "matplotlib", "tokenizers", "emoji", "tensorboard", "clipfast.train", "clipfast.emoji.data"):
         assert name not in loaded.split()
+
+
+def test_an_empty_backend_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = features("random", 8, 8, 4)
+    expected = clipfast.contrastive_loss(x, y, 5.0)
+    monkeypatch.setenv("CLIPFAST_BACKEND", "")
+    assert torch.equal(clipfast.contrastive_loss(x, y, 5.0), expected)
+
+
+def test_a_bad_backend_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = features("random", 8, 8, 4)
+    monkeypatch.setenv("CLIPFAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match="CLIPFAST_BACKEND: 'fast' is unknown; accepted are 'auto'"):
+        clipfast.contrastive_loss(x, y, 5.0)
+    monkeypatch.setenv("CLIPFAST_BACKEND", "cpu")
+    with pytest.raises(ValueError, match="CLIPFAST_BACKEND: 'cpu' cannot run this problem"):
+        clipfast.contrastive_loss(x.to("meta"), y.to("meta"), 5.0)
+
+
+@pytest.mark.skipif(not cpu.instruction_sets(), reason="the extension is not built")
+def test_a_bad_instruction_set_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPFAST_CPU_ISA", "mmx")
+    reasons = clipfast.backends()
+    assert "CLIPFAST_CPU_ISA: got 'mmx'; accepted are" in "; ".join(reasons["cpu"])
+    assert reasons["torch"] == ()

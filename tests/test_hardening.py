@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 
 import clipfast
 from clipfast import reference
-from clipfast.backends import cpu
 from clipfast.problem import DISTILLATION, SIGMOID
 
 TEACHER = features("trained", 8, 8, 5)
@@ -303,7 +302,7 @@ def test_smoothed_labels_and_a_text_whose_every_image_is_ignored(backend: str) -
         assert error(getattr(got, name), getattr(exact, name)) <= 1e-5, name
 
 
-# Retrieval, settings and words.
+# Retrieval and words.
 
 
 @pytest.mark.needs("ranks")
@@ -328,31 +327,6 @@ def test_retrieval_under_autocast(backend: str, normalize: bool) -> None:
 def test_retrieval_refuses(options: dict[str, Any], text: str) -> None:
     with pytest.raises(TypeError, match=text):
         clipfast.retrieval_metrics(*features("random", 8, 8, 4), **options)
-
-
-def test_an_empty_backend_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = features("random", 8, 8, 4)
-    expected = clipfast.contrastive_loss(x, y, 5.0)
-    monkeypatch.setenv("CLIPFAST_BACKEND", "")
-    assert torch.equal(clipfast.contrastive_loss(x, y, 5.0), expected)
-
-
-def test_a_bad_backend_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = features("random", 8, 8, 4)
-    monkeypatch.setenv("CLIPFAST_BACKEND", "fast")
-    with pytest.raises(ValueError, match="CLIPFAST_BACKEND: 'fast' is unknown; accepted are 'auto'"):
-        clipfast.contrastive_loss(x, y, 5.0)
-    monkeypatch.setenv("CLIPFAST_BACKEND", "cpu")
-    with pytest.raises(ValueError, match="CLIPFAST_BACKEND: 'cpu' cannot run this problem"):
-        clipfast.contrastive_loss(x.to("meta"), y.to("meta"), 5.0)
-
-
-@pytest.mark.skipif(not cpu.instruction_sets(), reason="the extension is not built")
-def test_a_bad_instruction_set_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLIPFAST_CPU_ISA", "mmx")
-    reasons = clipfast.backends()
-    assert "CLIPFAST_CPU_ISA: got 'mmx'; accepted are" in "; ".join(reasons["cpu"])
-    assert reasons["torch"] == ()
 
 
 def test_repr_shows_the_options() -> None:
