@@ -118,13 +118,19 @@ def test_explain_tells_the_scheme_and_why() -> None:
 
 def test_scaling_benchmark(tmp_path: Path) -> None:
     result = scaling.run(scaling.Setting(tflops=400, gigabytes=50), [1, 2], rows=24, rounds=1)
+    both_towers = 4 * 24 * scaling.WIDTH * 4
     for row in result["measured"]:
+        peer, scheme = row["candidate"].split(", ") if ", " in row["candidate"] else (row["candidate"], "")
+        if peer == "open_clip":
+            assert row["products"] == pytest.approx(6 / row["ranks"] if scheme else 3)
+            assert row["bytes_sent"] == (row["ranks"] - 1) * both_towers
+            continue
         assert row["products"] == pytest.approx(4 / row["ranks"])
+        explained = clipfast.explain(24, scaling.WIDTH, world_size=row["ranks"], scheme=scheme).ranks
         if row["ranks"] > 1:
-            explained = clipfast.explain(24, scaling.WIDTH, world_size=2, scheme=row["scheme"]).ranks
             assert explained is not None
             assert row["bytes_sent"] == explained.forward_bytes + explained.backward_bytes
-    assert [row["ranks"] for row in result["measured"]] == [1, 1, 2, 2]
+    assert [row["ranks"] for row in result["measured"]] == [1] * 4 + [2] * 4
     assert scaling.table(result).count("\n") > 40
     scaling.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
