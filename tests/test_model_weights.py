@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from clipfast import ContrastiveLoss
+from clipfast.emoji.data import Tokenizer
 from clipfast.models import (
     CONFIGS,
     BPETokenizer,
@@ -161,6 +162,13 @@ def test_ids_of_open_clip_for_every_emoji() -> None:
     emoji = import_module("emoji") if pytest.importorskip("emoji") else None
     texts = [f"{character} {entry['en']}" for character, entry in emoji.EMOJI_DATA.items()][::7]  # type: ignore[union-attr]
     assert torch.equal(BPETokenizer()(texts), open_clip.get_tokenizer("ViT-B-32")(texts))
+
+
+def test_the_tokenizer_as_a_file() -> None:
+    """What the training command keeps: the same ids, padded to the longest text."""
+    texts = [text for text in TEXTS if "&amp;" not in text and "schÃ¶n" not in text]
+    tokens = Tokenizer(BPETokenizer(9).to_json())(texts)
+    assert torch.equal(tokens, BPETokenizer(9)(texts)[:, : tokens.shape[1]])
 
 
 def test_the_tokenizer_refuses() -> None:

@@ -154,6 +154,13 @@ def test_seeds(whole: Path, tmp_path: Path) -> None:
     assert table(train(tmp_path, "other", "--epochs", "1", "--seed", "1"))[0] != table(whole)[0]
 
 
+def test_the_tokenizer_of_open_clip(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip", reason="it ships the merges")
+    run = train(tmp_path, "run", "--model", "vit-tiny", "--epochs", "1", "--tokenizer", "clip")
+    weights = load_file(checkpoints(run)[-1] / "model.safetensors")
+    assert [len(weight) for name, weight in weights.items() if "embed" in name and len(weight) > 1000] == [49408]
+
+
 def test_micro_batches_change_nothing(tmp_path: Path) -> None:
     """Where there is no batch normalization. Of near ties, a count may see one or the other."""
     runs = [train(tmp_path, n, "--model", "vit-tiny", "--epochs", "1", "--accum-freq", n) for n in ("1", "5")]

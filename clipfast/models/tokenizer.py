@@ -35,7 +35,7 @@ class BPETokenizer:
     def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
         if context_length < 2:
             raise ValueError(f"context_length: got {context_length}; accepted is a number from 2")
-        tokenizers = _require("tokenizers")
+        self._tokenizers = tokenizers = _require("tokenizers")
         self._fix_text = _require("ftfy").fix_text
         byte_signs = _byte_signs()
         merges = [tuple(line.split()) for line in _merges()[1 : VOCAB_SIZE - 2 * 256 - 2 + 1]]
@@ -69,6 +69,24 @@ class BPETokenizer:
             ids = [START, *self.encode(text)[: self.context_length - 2], END]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
+
+    def to_json(self) -> str:
+        """A tokenizer of the package tokenizers with the same ids, but for texts that ftfy repairs and HTML's entities.
+
+        It puts START and END around a text, cuts it to context_length and fills up to the longest with 0.
+        """
+        bpe = self._tokenizers.Tokenizer.from_str(self._bpe.to_str())
+        normalizers = self._tokenizers.normalizers
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.Replace(self._tokenizers.Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+        )
+        bpe.post_processor = self._tokenizers.processors.TemplateProcessing(
+            single="<start_of_text> $A <end_of_text>",
+            special_tokens=[("<start_of_text>", START), ("<end_of_text>", END)],
+        )
+        bpe.enable_truncation(self.context_length)
+        bpe.enable_padding(pad_id=0, pad_token="!")
+        return str(bpe.to_str())
 
 
 def _require(module: str) -> Any:

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--tokenizer",
         None,
-        "a JSON file of the package tokenizers; without, one is learned from the captions",
+        "a JSON file of the package tokenizers, or clip: open_clip's merges; without, one is learned from the captions",
         type=str,
     )
     add("--vocab-size", 49_408, "most tokens of a learned tokenizer")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfast.emoji.data import Tokenizer, require
+from clipfast.models import BPETokenizer
 from clipfast.training import checkpoint, flags
 from clipfast.training.batches import Batch, Pairs, Steps, learn_tokenizer, loader, number
 from clipfast.training.checkpoint import write_whole
@@ -101,6 +102,8 @@ class Run:
             return path.read_text()
         if self.settings.tokenizer is None:
             json = learn_tokenizer(source, self.settings.vocab_size, CONTEXT_LENGTH).to_json()
+        elif self.settings.tokenizer == "clip":
+            json = BPETokenizer(CONTEXT_LENGTH).to_json()
         else:
             try:
                 bpe = require("tokenizers").Tokenizer.from_file(self.settings.tokenizer)
