@@ -158,7 +158,7 @@ def test_the_tokenizer_of_open_clip(tmp_path: Path) -> None:
     pytest.importorskip("open_clip", reason="it ships the merges")
     run = train(tmp_path, "run", "--model", "vit-tiny", "--epochs", "1", "--tokenizer", "clip")
     weights = load_file(checkpoints(run)[-1] / "model.safetensors")
-    assert [len(weight) for name, weight in weights.items() if "embed" in name and len(weight) > 1000] == [49408]
+    assert 49408 in {len(weight) for weight in weights.values() if weight.ndim}
 
 
 def test_micro_batches_change_nothing(tmp_path: Path) -> None:
