@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp
 
 # Several tests run at a time: OpenMP's threads must not wait by spinning, and NumPy, which Triton's interpreter computes
 # with, takes one thread.
-PYTEST = OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --benchmark-disable
+PYTEST = OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --benchmark-disable
 
 test: $(VENV)/test.stamp
 	$(PYTEST)
