@@ -21,7 +21,7 @@ from benchmarks import (
     report,
     scaling,
 )
-from benchmarks.cases import DTYPES, Case
+from benchmarks.cases import DTYPES, TF32, Case
 from benchmarks.run import Runner
 
 OUT = "result file or folder; default: runs/benchmarks, numbered if need be. README.md shows benchmarks/results"
@@ -62,15 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.add_argument("--out", type=Path, help=OUT)
     measure.add_argument("--n", type=int, nargs="+", help="batch sizes; default: the whole grid")
     measure.add_argument("--d", type=int, nargs="+", help="widths; default: the whole grid")
-    measure.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=tuple(DTYPES))
+    measure.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=(*DTYPES, TF32))
     measure.add_argument("--scale", type=float, nargs="+", default=[14.3])
     measure.add_argument("--only", default="", metavar="NAME", help="only candidates whose name holds this text")
     measure.add_argument("--base", metavar="REF", help="time the working tree against a git revision instead")
     measure.set_defaults(call=run)
     device = commands.add_parser("gpu", help="check, sanitize and time on this machine's GPU; goes on where it stopped")
     device.add_argument("--budget", type=float, default=gpu.BUDGET, metavar="SECONDS", help="default: %(default)s")
-    device.add_argument("--tune", action="store_true", help="search for better tile shapes instead of timing")
-    device.set_defaults(call=lambda options: gpu.main(options.budget, options.tune, tqdm.write))
+    device.add_argument("--out", type=Path, help="folder of the results, which is gone on with; default: in runs/gpu")
+    device.set_defaults(call=lambda options: gpu.main(options.budget, options.out, tqdm.write))
     draw = commands.add_parser("report", help="plots, and README.md's tables, from the committed results")
     draw.add_argument("file", type=Path, nargs="*", help="a result to print, and to plot beside it; README.md stays")
     draw.set_defaults(call=lambda options: report.show(options.file) if options.file else report.main())

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import clipfast
-from benchmarks.cases import Case
+from benchmarks.cases import DTYPES, TF32, Case
 from clipfast import dispatch
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,7 +45,7 @@ class Candidate:
     package: str = ""
     dense_copies: float = 0
     devices: tuple[str, ...] = ("cpu", "cuda")
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    dtypes: tuple[str, ...] = (*DTYPES, TF32)
     scale_gradient: bool = True
     missing: str = ""
     multiplies: Callable[[Case, str], float] | float = 0
@@ -161,7 +161,7 @@ def clipfast_loss(backend: str) -> Loss:
 
 
 def clipfast_products(backend: str, case: Case, device: str) -> float:
-    explanation = clipfast.explain(case.n, case.d, case.dtype, device, backend=backend)
+    explanation = clipfast.explain(case.n, case.d, case.torch_dtype, device, backend=backend)
     return explanation.forward_products + explanation.backward_products
 
 

@@ -2,7 +2,8 @@
 
 The kernels are launched as clipfast launches them, but for a target that is not there: each launch compiles and stops.
 So signatures, alignments and constants are the real ones. Registers, stack and shared memory come from the binary, the
-matrix instructions from its assembly.
+matrix instructions from its assembly. Of NVIDIA's, `machine_code` counts the issue slots per logit; for sm_90 `cycles`
+says what part of the tensor peak they leave, which is a model.
 """
 
 from __future__ import annotations
@@ -10,21 +11,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from tqdm import tqdm
 
+from benchmarks import cycles, machine_code
+from benchmarks.cycles import Timed
 from clipfast import tuning
 from clipfast.block import IGNORE, SAME_IDS, Block, Matches, Weights
 from clipfast.tuning import Config, Device
@@ -43,12 +43,15 @@ MATRIX_INSTRUCTIONS = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
-MAX_STACK = 16  # bytes; above it, registers were spilled
+MAX_STACK = 16  # bytes; above it, registers were spilled,
+MAX_STACK_OFF_PATH = 96  # which may be where few tiles go
 WIDTHS = (512, 101)  # d with aligned rows, and without, where pointers take the most registers
 ROWS = 512
 
 # What else a kernel's code depends on, or which other kernel runs with its configuration.
 PLAIN_KERNELS = ("statistics", "gradient", "accumulate")
+PRODUCTS = {"distillation": 2}  # of features, for a tile; 1 for others
+MODELLED = ("statistics", "gradient")  # by `cycles`, on sm_90 in halves
 OPTIONS = {
     "statistics": ("",),
     "ranks": (IGNORE, "ranks", "ranks and ids", "matches and ids"),
@@ -83,14 +86,37 @@ class Case:
 class Compiled:
     """What a case became. Bytes are per thread (stack) and per program (shared)."""
 
-    case: str
-    warps: int
-    stages: int
+    case: Case
     registers: int
     stack: int
     shared: int
     matrix_instructions: int
-    fault: str  # why it may not ship; empty if it may
+    programs: int = 0  # per multiprocessor; 0: not counted
+    slots: float | None = None  # per logit, outside the loop over d; None: not counted
+    spills: int | None = None  # instructions of the common path that move spilled registers
+    timed: Timed | None = None  # by the model
+
+    @property
+    def fault(self) -> str:
+        """Why it may not ship; empty if it may."""
+        device = DEVICES[self.case.config.architecture]
+        faults = []
+        if self.stack > (MAX_STACK_OFF_PATH if self.spills == 0 else MAX_STACK):
+            faults.append(f"a stack of {self.stack} bytes")
+        if self.shared > device.shared_bytes:
+            faults.append(f"{self.shared} bytes of shared memory, of {device.shared_bytes}")
+        # Real float32 has no matrix instruction on NVIDIA.
+        if not self.matrix_instructions and (self.case.dtype, self.case.precision) != (torch.float32, "ieee"):
+            faults.append(f"no {MATRIX_INSTRUCTIONS[device.architecture]}")
+        return "; ".join(faults)
+
+    def __str__(self) -> str:
+        config = self.case.config
+        words = [f"{self.case!s:68} {config.num_warps:5} {config.num_stages:6} {self.registers:9} {self.stack:5}"]
+        words.append(f"{self.shared:7} {self.matrix_instructions:6} {self.programs or '-':>8}")
+        words.append("    -" if self.slots is None else f"{self.slots:5.1f}")
+        words.append("    -" if self.timed is None else f"{self.timed.share_of_peak(self.case.d):5.0%}")
+        return " ".join([*words, self.fault])
 
 
 def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) -> list[Case]:
@@ -118,38 +144,32 @@ def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) ->
     return found
 
 
-def fault(case: Case, stack: int, shared: int, instructions: int) -> str:
-    """Why what a case became may not ship; empty if it may."""
-    device = DEVICES[case.config.architecture]
-    faults = []
-    if stack > MAX_STACK:
-        faults.append(f"a stack of {stack} bytes")
-    if shared > device.shared_bytes:
-        faults.append(f"{shared} bytes of shared memory, of {device.shared_bytes}")
-    # Real float32 has no matrix instruction on NVIDIA.
-    if not instructions and (case.dtype, case.precision) != (torch.float32, "ieee"):
-        faults.append(f"no {MATRIX_INSTRUCTIONS[device.architecture]}")
-    return "; ".join(faults)
-
-
 def compile_case(case: Case) -> Compiled:
-    config, device = case.config, DEVICES[case.config.architecture]
+    device = DEVICES[case.config.architecture]
     with _offline(device) as kernels, mock.patch.object(tuning, "describe", return_value=device):
         kernel = kernels[_launch(case)]
     resources = _amd_resources if device.architecture.startswith("gfx") else _nvidia_resources
     registers, stack, assembly = resources(kernel)
     instructions = len(re.findall(re.escape(MATRIX_INSTRUCTIONS[device.architecture]), assembly))
-    shared = int(kernel.metadata.shared)
-    return Compiled(
-        case=str(case),
-        warps=config.num_warps,
-        stages=config.num_stages,
-        registers=registers,
-        stack=stack,
-        shared=shared,
-        matrix_instructions=instructions,
-        fault=fault(case, stack, shared, instructions),
-    )
+    compiled = Compiled(case, registers, stack, int(kernel.metadata.shared), instructions)
+    return compiled if device.architecture.startswith("gfx") else _counted(compiled, kernel.asm["cubin"])
+
+
+def _counted(compiled: Compiled, cubin: bytes) -> Compiled:
+    """With what its machine code says."""
+    case, config = compiled.case, compiled.case.config
+    limit = DEVICES[config.architecture].shared_bytes
+    programs = machine_code.programs_per_processor(config.num_warps, compiled.registers, compiled.shared, limit)
+    compiled = replace(compiled, programs=programs)
+    logits = config.block_m * config.block_n // (machine_code.WARP * config.num_warps)
+    try:
+        path = machine_code.common_path(machine_code.disassemble(cubin), logits, PRODUCTS.get(config.kernel, 1))
+    except LookupError:
+        return compiled
+    compiled = replace(compiled, slots=path.slots / logits, spills=path.spills)
+    if (config.architecture, config.itemsize, case.option) == ("sm_90", 2, "") and config.kernel in MODELLED:
+        compiled = replace(compiled, timed=cycles.timed(path, config, case.d, programs))
+    return compiled
 
 
 def _launch(case: Case) -> str:
@@ -216,16 +236,7 @@ def _offline(device: Device) -> Iterator[dict[str, Any]]:
 
 def _nvidia_resources(kernel: Any) -> tuple[int, int, str]:
     """Registers per thread, bytes of stack, PTX."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    registers, stack = (int(re.findall(rf"\b{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
-    return registers, stack, kernel.asm["ptx"]
+    return *machine_code.resources(kernel.asm["cubin"]), kernel.asm["ptx"]
 
 
 def _amd_resources(kernel: Any) -> tuple[int, int, str]:
@@ -248,14 +259,34 @@ def main(architectures: Sequence[str], plain: bool = False) -> None:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise SystemExit("TRITON_INTERPRET is set, so that nothing is compiled: unset it")
     chosen = cases(architectures, plain)
-    tqdm.write(f"triton {metadata.version('triton')}; registers and stack bytes per thread, shared bytes per program")
-    tqdm.write(f"{'case':68} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'matrix':>6}")
-    faults = 0
+    tqdm.write(
+        f"triton {metadata.version('triton')}; registers and stack bytes per thread, shared bytes per program, "
+        "programs per multiprocessor, issue slots per logit outside the loop over d, a model's share of the tensor peak"
+    )
+    tqdm.write(
+        f"{'case':68} {'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'matrix':>6} "
+        f"{'programs':>8} {'slots':>5} {'peak':>5}"
+    )
+    rows = []
     for row in tqdm(compile_all(chosen), total=len(chosen), disable=None):
-        faults += bool(row.fault)
-        tqdm.write(
-            f"{row.case:68} {row.warps:5} {row.stages:6} {row.registers:9} {row.stack:5} {row.shared:7} "
-            f"{row.matrix_instructions:6}  {row.fault}"
-        )
-    if faults:
+        tqdm.write(str(row))
+        rows.append(row)
+    for factors in (False, True):
+        if line := verdict([row for row in rows if row.case.factors == factors]):
+            tqdm.write(line)
+    if faults := sum(bool(row.fault) for row in rows):
         raise SystemExit(f"{faults} of {len(chosen)} may not ship")
+
+
+def verdict(rows: Sequence[Compiled]) -> str:
+    """A line on the whole loss by the first configuration of both kernels; empty without them."""
+    first = {r.case.config.kernel: (r.case, r.timed) for r in reversed(rows) if r.timed and r.case.d == WIDTHS[0]}
+    if len(first) < 2:
+        return ""
+    (_, forward), (case, backward) = first["statistics"], first["gradient"]
+    share = cycles.share_at_4p(forward, backward, case.d, DEVICES[case.config.architecture].processors)
+    return (
+        f"{case.config.architecture}, n = {cycles.N}, d = {case.d}, {'norms' if case.factors else 'no norms'}: "
+        f"by a model {share:.0%} of the tensor peak at 4 P, "
+        f"{share / cycles.VENDOR:.0%} of a vendor's product at {cycles.VENDOR:.0%}"
+    )

@@ -1,7 +1,8 @@
-"""`python -m benchmarks gpu`: check, sanitize and time everything on this machine's GPU, in one call.
+"""`python -m benchmarks gpu`: everything that is to be learned on this machine's GPU, in one call, most telling first.
 
-Each stage that succeeds is written down and not repeated by a later call with the same device, versions and commit, so
-a call that was cut off, or that ran out of its budget, goes on where it stopped. Nothing is timed after a red check.
+Each part is a process of its own with a time limit, and writes its output into a folder as it goes. A part that fails
+is written down and does not keep the others from running; a later call with the same device, versions and commit
+repeats no part that succeeded, goes on with what is left, and then tries again what failed.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import environment
-from benchmarks.run import Runner
+from benchmarks.cases import FIRST, Case, gpu_grid
 
-BUDGET = 570.0  # seconds
+BUDGET = 1500.0  # seconds, all limits together
 TAIL = 4000  # characters of a failed command's output
-IDENTITY = ("device", "versions", "commit", "uncommitted_changes")
+GRACE = 30.0  # seconds less than its limit that a command has which keeps a budget of its own
+CUDA = Path("/usr/local/cuda/bin")
 
 # Forward and backward of each kernel variant at odd shapes. The tensors come straight from the driver, so that the
 # sanitizer sees their ends.
@@ -40,144 +42,182 @@ torch.cuda.synchronize()
 """
 
 
-class StageError(Exception):
-    """A stage found something wrong; its text is for the reader."""
+class PartError(Exception):
+    """A part found something wrong or did not come to its end; the text is for the reader."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A step of the run. `call` takes the seconds that are left and returns a line on what it did."""
+class Part:
+    """A part of the run. `call` takes its seconds and returns a line on what it found."""
 
     name: str
+    limit: float  # seconds
     call: Callable[[float], str]
+    divisible: bool = False  # goes on where it was cut off, so that it may begin with less time than its limit
 
 
 class Record:
-    """The stages that succeeded, in a file that is whole at any moment.
-
-    Args:
-        path: of the file.
-        described: `environment.describe`'s entries; a record of other IDENTITY entries, or of changes that no commit
-            names, is not continued.
-    """
+    """What each part came to, in a file that is whole at any moment."""
 
     def __init__(self, path: Path, described: dict[str, Any]) -> None:
         self.path = path
-        self.content = {key: described[key] for key in IDENTITY} | {"stages": {}}
-        if path.exists() and not described["uncommitted_changes"]:
-            before = json.loads(path.read_text())
-            if all(before[key] == described[key] for key in IDENTITY):
-                self.content = before
+        self.content = described | {"parts": {}}
+        if path.exists() and environment.continues(path, described):
+            self.content = json.loads(path.read_text())
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.content["stages"]
+    def state(self, name: str) -> str:
+        """ "done", "failed", or empty."""
+        part = self.content["parts"].get(name, {})
+        return "done" if "line" in part else "failed" if part else ""
 
-    def add(self, name: str, line: str, seconds: float) -> None:
-        self.content["stages"][name] = {"line": line, "seconds": round(seconds, 1)}
+    def add(self, name: str, state: str, text: str, seconds: float) -> None:
+        self.content["parts"][name] = {state: text, "seconds": round(seconds, 1)}
         environment.write_whole(self.path, self.content)
 
 
-def run_stages(stages: Iterable[Stage], record: Record, budget: float, report: Callable[[str], None]) -> None:
-    """Run the stages that the record lacks, in order.
-
-    Raises:
-        StageError: of the first stage that failed; later ones do not run.
-    """
+def run_parts(parts: Sequence[Part], record: Record, budget: float, report: Callable[[str], None]) -> list[str]:
+    """Run the parts without a result in their order, then those that had failed; returns what is left or failed."""
     started = time.monotonic()
-    for stage in stages:
-        if stage.name in record:
-            report(f"{stage.name}: already done")
-            continue
+    for part in parts:
+        if record.state(part.name) == "done":
+            report(f"{part.name}: already done")
+    open_parts = [part for part in parts if record.state(part.name) != "done"]
+    for part in sorted(open_parts, key=lambda part: record.state(part.name) == "failed"):
         left = budget - (time.monotonic() - started)
-        if left <= 0:
-            raise StageError(f"{stage.name}: the budget of {budget:.0f} s is spent; call again to go on from here")
+        if left <= 0 or (left < part.limit and not part.divisible):
+            report(f"{part.name}: not run, it takes up to {part.limit:.0f} s and {max(0.0, left):.0f} s are left")
+            continue
         begin = time.monotonic()
-        line = stage.call(left)
+        try:
+            state, text = "line", part.call(min(left, part.limit))
+        except (PartError, OSError, ValueError) as error:
+            state, text = "failed", str(error)
         seconds = time.monotonic() - begin
-        record.add(stage.name, line, seconds)
-        report(f"{stage.name}: {line} ({seconds:.0f} s)")
+        record.add(part.name, state, text, seconds)
+        report(f"{part.name}: {'FAILED: ' * (state == 'failed')}{text} ({seconds:.0f} s)")
+    return [part.name for part in parts if record.state(part.name) != "done"]
 
 
-def check(seconds: float) -> str:
-    """The tests that need a GPU."""
-    return command([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], seconds).strip().splitlines()[-1]
+def plan(folder: Path) -> list[Part]:
+    """The parts, most telling first; their limits are BUDGET together."""
+
+    def command_line(name: str, *arguments: str) -> Callable[[float], str]:
+        return lambda seconds: last_line(command(arguments, seconds, folder / f"{name}.log"))
+
+    return [
+        Part("check", 300, command_line("check", sys.executable, "-m", "pytest", "-q", "-m", "gpu")),
+        Part("rates", 60, command_line("rates", sys.executable, "-m", "benchmarks.rates")),
+        Part("first", 210, lambda seconds: measure(FIRST, folder, seconds), divisible=True),
+        Part("memcheck", 120, lambda seconds: sanitize("memcheck", folder, seconds)),
+        Part("racecheck", 120, lambda seconds: sanitize("racecheck", folder, seconds)),
+        Part("grid", 450, lambda seconds: measure(gpu_grid(), folder, seconds), divisible=True),
+        Part("tune", 240, lambda seconds: tune(folder, seconds)),
+    ]
 
 
-def sanitize(tool: str, seconds: float) -> str:
+def sanitize(tool: str, folder: Path, seconds: float) -> str:
     """The kernels under one of compute-sanitizer's tools."""
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}{os.pathsep}{CUDA}")
     if sanitizer is None:
         return "skipped, compute-sanitizer is not installed"
-    arguments = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", SANITIZED]
-    command(arguments, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    arguments = (sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", SANITIZED)
+    command(arguments, seconds, folder / f"{tool}.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return "no errors"
 
 
-def measure(seconds: float, report: Callable[[str], None]) -> str:
-    """All cases and candidates, into the device's result file.
+def measure(cases: Sequence[Case], folder: Path, seconds: float) -> str:
+    """The grid's cases that the result file lacks, with all candidates; one that ends the process is left out then.
 
     Raises:
-        StageError: cases are left for another call.
+        PartError: of `cases`, which come first in the grid or are the grid, some are left.
     """
-    described = environment.describe("cuda")
-    name = environment.file_name(described["device"], torch.get_num_threads())
-    path = environment.out_path(None, name, described)
-    runner = Runner("cuda", path, seconds)
-    rows = runner.run(report)["rows"]
-    measured = {(row["dtype"], row["n"], row["d"], row["scale"]) for row in rows}
-    if len(measured) < len(runner.cases):
-        raise StageError(f"{len(measured)} of {len(runner.cases)} cases are in {path}; call again to go on from here")
-    return f"{len(measured)} cases are in {path}"
+    deadline = time.monotonic() + seconds
+    path = folder / "speed.json"
+    arguments = [sys.executable, "-m", "benchmarks", "run", "--device", "cuda", "--out", str(path)]
+    failure = ""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            command([*arguments, "--budget", f"{left - GRACE:.0f}"], left, folder / "speed.log")
+            break
+        except PartError as error:
+            failure = str(error)
+            if not path.exists() or "trying" not in json.loads(path.read_text()):
+                break
+    result = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    # Cut off for time: that is no candidate's fault.
+    if result.pop("trying", None):
+        environment.write_whole(path, result)
+    done = set(cases) & {Case(row["dtype"], row["n"], row["d"], row["scale"]) for row in result["rows"]}
+    if len(done) < len(cases):
+        raise PartError(f"{len(done)} of {len(cases)} cases are in {path}; call again to go on from here\n{failure}")
+    return f"{len(done)} cases are in {path}"
 
 
-def tune(seconds: float) -> str:
-    """Search for better tile shapes; the table that it prints goes into clipfast/tuning.py."""
-    configs = import_module("benchmarks.tune").tune(torch.device("cuda"), seconds)
-    return f"{len(configs)} configurations found"
+def tune(folder: Path, seconds: float) -> str:
+    """Search for better tile shapes; the log has the lines for clipfast/tuning.py."""
+    log = folder / "tune.log"
+    output = command([sys.executable, "-m", "benchmarks.tune", f"{seconds - GRACE:.0f}"], seconds, log)
+    return f"{output.count('Config(')} configurations are in {log}"
 
 
-def command(arguments: list[str], seconds: float, **variables: str) -> str:
-    """The output of a command that succeeds within the time.
+def command(arguments: Sequence[str], seconds: float, log: Path, **variables: str) -> str:
+    """The output of a command that succeeds within the time; `log` has it as it comes.
 
     Raises:
-        StageError: it failed or took too long; the text ends with the end of its output.
+        PartError: it failed or took too long; the text ends with the end of its output.
     """
-    try:
-        done = subprocess.run(
-            arguments,
-            cwd=environment.ROOT,
-            env=os.environ | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        done = subprocess.Popen(
+            arguments, cwd=environment.ROOT, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT
         )
-    except subprocess.TimeoutExpired as error:
-        output = error.output.decode(errors="replace") if isinstance(error.output, bytes) else error.output or ""
-        raise StageError(f"took more than {seconds:.0f} s:\n{output[-TAIL:]}") from None
-    if done.returncode:
-        raise StageError(f"exit status {done.returncode}:\n{done.stdout[-TAIL:]}")
-    return done.stdout
+        try:
+            status = done.wait(seconds)
+        except subprocess.TimeoutExpired:
+            done.kill()
+            done.wait()
+            raise PartError(f"took more than {seconds:.0f} s:\n{log.read_text(errors='replace')[-TAIL:]}") from None
+    text = log.read_text(errors="replace")
+    if status:
+        raise PartError(f"exit status {status}:\n{text[-TAIL:]}")
+    return text
 
 
-def main(budget: float, tuned: bool, report: Callable[[str], None]) -> None:
-    """All stages; with `tuned` the search for tile shapes in place of the timing.
+def last_line(output: str) -> str:
+    return output.strip().splitlines()[-1]
+
+
+def folder_of(out: Path | None, described: dict[str, Any]) -> Path:
+    """Where the results go: `out`, or the first free folder for this device under runs/.
 
     Raises:
-        SystemExit: there is no GPU, or a stage failed.
+        SystemExit: `out` holds another run's results.
+    """
+
+    def fits(folder: Path) -> bool:
+        record = folder / "record.json"
+        return not record.exists() or environment.continues(record, described)
+
+    if out is not None:
+        if not fits(out):
+            raise SystemExit(f"--out: {out} holds another run's results; give another folder, or remove it first")
+        return out
+    name = Path(environment.file_name(described["device"], described["threads"])).stem
+    folders = (environment.ROOT / "runs" / "gpu" / f"{name}{f'-{k}' * (k > 1)}" for k in count(1))
+    return next(folder for folder in folders if fits(folder))
+
+
+def main(budget: float, out: Path | None, report: Callable[[str], None]) -> None:
+    """All parts within the budget.
+
+    Raises:
+        SystemExit: there is no GPU, or parts failed or are left.
     """
     if not torch.cuda.is_available():
         raise SystemExit("python -m benchmarks gpu: torch finds no CUDA or ROCm GPU here; this run is for one")
     described = environment.describe("cuda")
-    path = environment.ROOT / "runs" / "gpu" / environment.file_name(described["device"], torch.get_num_threads())
-    last = Stage("tune", tune) if tuned else Stage("measure", lambda seconds: measure(seconds, report))
-    stages = (
-        Stage("check", check),
-        Stage("memcheck", lambda seconds: sanitize("memcheck", seconds)),
-        Stage("racecheck", lambda seconds: sanitize("racecheck", seconds)),
-        last,
-    )
-    try:
-        run_stages(stages, Record(path, described), budget, report)
-    except StageError as error:
-        raise SystemExit(str(error)) from None
+    folder = folder_of(out, described)
+    left = run_parts(plan(folder), Record(folder / "record.json", described), budget, report)
+    report(f"written: {folder}")
+    if left:
+        raise SystemExit(f"failed or left for another call: {', '.join(left)}")

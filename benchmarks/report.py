@@ -11,8 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks import accuracy, environment, memory, options
+from benchmarks.cases import TF32
 
-WIDTH, SCALE = 512, 14.3  # of the tables and the plots
+# Of the tables and the plots.
+WIDTH, SCALE = 512, 14.3
+DTYPES = ("float32", TF32, "bfloat16")
 # Colour-blind safe (Okabe and Ito 2008); clipfast in the darkest two, thick.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#999999", "#882255", "#F0E442")
 MARKERS = "osv^D<>pPX"
@@ -29,7 +32,7 @@ def load() -> list[dict[str, Any]]:
     results = {path: json.loads(path.read_text()) for path in paths if not path.name.startswith(others)}
     for path, result in results.items():
         shown = {row["dtype"] for row in result["rows"] if (row["d"], row["scale"]) == (WIDTH, SCALE)}
-        if not {"float32", "bfloat16"} <= shown:
+        if not ({"bfloat16", "float32"} <= shown or {"bfloat16", TF32} <= shown):
             raise ValueError(f"{path.name}: a trial, which would empty README.md's table; it belongs into runs/")
     return list(results.values())
 
@@ -37,7 +40,7 @@ def load() -> list[dict[str, Any]]:
 def speed_table(result: dict[str, Any]) -> str:
     """Milliseconds and P of forward and backward: a table for each dtype, candidates by batch sizes."""
     parts = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         rows = [row for row in _main_line(result) if row["dtype"] == dtype]
         sizes = sorted({row["n"] for row in rows})
         if not rows:
@@ -69,7 +72,7 @@ def _product_name(result: dict[str, Any]) -> str:
 def _peak(result: dict[str, Any]) -> str:
     """What part of the processor's multiply-add peak clipfast reaches, where the rounds have measured it."""
     texts = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         rows = [r for r in _main_line(result) if r["dtype"] == dtype and r["candidate"] == "clipfast cpu"]
         shares = [(r["n"], r["share_of_limit"], r["peak_flops"]) for r in rows if "peak_flops" in r]
         if shares:
@@ -104,7 +107,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: nothing was timed.
     """
-    rows = [row for row in _main_line(result) if row["status"] == "ok" and row["dtype"] != "float16"]
+    rows = [row for row in _main_line(result) if row["status"] == "ok" and row["dtype"] in DTYPES]
     names = list(dict.fromkeys(row["candidate"] for row in rows))
     of_peak = all("peak_flops" in row for row in rows)
     share = "share of the multiply-add peak, %" if of_peak else "share of the limit (4 P / P), %"
@@ -113,9 +116,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         (share, lambda row: 100 * row["share_of_limit"]),
         ("peak extra memory, MiB", lambda row: max(row["peak_bytes"], 2**18) / 2**20),
     )
-    dtypes = [dtype for dtype in ("float32", "bfloat16") if any(row["dtype"] == dtype for row in rows)]
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
     if not dtypes:
-        raise ValueError("the result has no row in float32 or bfloat16 that was timed; there is nothing to plot")
+        raise ValueError(f"the result has no row in {', '.join(DTYPES)} that was timed; there is nothing to plot")
     figure = Figure(figsize=(11, 0.8 + 3.4 * len(dtypes)), layout="constrained")
     for axes_row, dtype in zip(figure.subplots(len(dtypes), len(panels), squeeze=False), dtypes, strict=True):
         for axes, (title, value) in zip(axes_row, panels, strict=True):

@@ -5,15 +5,18 @@ the machine hits all alike. P is a candidate's median time over the median of on
 the fastest of this machine's libraries. On a CPU the rounds measure the processor's multiply-add peak too: the share of
 it that a candidate has is what it multiplies, over its time. On a GPU it is the share of the product's rate.
 The file is written after every case and is whole at any moment; a later run of the same commit goes on from there, one
-of another commit, or of changes that no commit names, needs another file.
+of another commit, or of changes that no commit names, needs another file. A candidate that ends the process, or on a
+GPU hangs or leaves it unusable, is named in the file: a later run goes on without it.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +27,16 @@ from torch import Tensor
 import clipfast
 from benchmarks import environment, peak
 from benchmarks.baselines import Candidate, Loss, candidates
-from benchmarks.cases import Case, grid, inputs
+from benchmarks.cases import TF32, Case, grid, inputs
 from clipfast import reference
 
 PRODUCTS = 4  # the least an exact loss without stored logits can do
 MOST_ROUNDS, FEWEST_ROUNDS = 30, 3
-SECONDS_PER_CANDIDATE = 1.5  # of timed rounds, where the fewest rounds take less
+SECONDS_PER_CANDIDATE = {"cpu": 1.5, "cuda": 0.3}  # of timed rounds, where the fewest rounds take less
+PATIENCE = 90  # seconds for a candidate's first calls on a GPU, compilation included
 DENSE_TRUTH_ROWS = 4096
 # Relative error of the loss and, in the Frobenius norm, of the gradients, beyond which a result is called wrong.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+TOLERANCE = {"float32": 1e-3, TF32: 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
 
 
 @dataclass
@@ -70,6 +74,8 @@ class Runner:
 
     def _resume(self, before: dict[str, Any]) -> None:
         self.result = before
+        if trying := before.pop("trying", None):
+            before.setdefault("ended", []).append(trying)
         for row in before["rows"]:
             if row["status"] == "ok":
                 self._note_pace(row["candidate"], _case(row), row["total"]["median"])
@@ -90,7 +96,8 @@ class Runner:
             if left <= 0:
                 report(f"{case}: not run, the budget of {self.budget:.0f} s is spent")
                 continue
-            rows = self._measure(case, left)
+            with precision(case.precision):
+                rows = self._measure(case, left)
             self.result["rows"] += rows
             environment.write_whole(self.path, self.result)
             for row in rows:
@@ -102,23 +109,57 @@ class Runner:
         sets = inputs(case, self.device)
         exact = None
         ready: dict[str, Loss] = {}
+        slowest = 0.0
         rows: dict[str, dict[str, Any]] = {}
         for candidate in self.candidates:
             row = rows[candidate.name] = {"candidate": candidate.name, **case.as_dict(), "status": "skipped"}
-            if reason := candidate.reason(case, self.device, self.memory) or self._too_slow(candidate, case, left):
+            reason = candidate.reason(case, self.device, self.memory) or self._ended(candidate, case)
+            if reason := reason or self._too_slow(candidate, case, left):
                 row["reason"] = reason
                 continue
             exact = exact or truth(case, self.device)
-            try:
-                loss = candidate.loss()
-                row |= check(loss, candidate, case, exact, self.device)
-            except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError, AssertionError) as error:
-                row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-                continue
-            if row["status"] == "ok":
-                ready[candidate.name] = loss
-        self._time(ready, rows, case, sets)
+            with self._trying(candidate, case):
+                try:
+                    loss = candidate.loss()
+                    checked = check(loss, candidate, case, exact, self.device)
+                    if checked["status"] == "ok":
+                        slowest = max(slowest, once(loss, *next(sets), self.device)[1])
+                        checked["peak_bytes"] = peak_bytes(loss, *next(sets), self.device)
+                        ready[candidate.name] = loss
+                    row |= checked
+                except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError, AssertionError) as error:
+                    row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+                    if self.device == "cuda":
+                        # After an error that stays, nothing can be measured in this process: it ends here.
+                        torch.cuda.synchronize()
+        self._time(ready, rows, case, sets, slowest)
         return list(rows.values())
+
+    @contextmanager
+    def _trying(self, candidate: Candidate, case: Case) -> Iterator[None]:
+        """While a candidate runs for the first time, the file names it; on a GPU the process ends when it hangs."""
+        self.result["trying"] = [candidate.name, case.as_dict()]
+        environment.write_whole(self.path, self.result)
+        if self.device == "cuda":
+            signal.alarm(PATIENCE)
+        try:
+            yield
+        except KeyboardInterrupt:
+            del self.result["trying"]
+            environment.write_whole(self.path, self.result)
+            raise
+        finally:
+            if self.device == "cuda":
+                signal.alarm(0)
+        del self.result["trying"]
+
+    def _ended(self, candidate: Candidate, case: Case) -> str:
+        """The reason, if it ended an earlier process in this dtype at no larger a batch."""
+        for name, of in self.result.get("ended", ()):
+            before = Case(**of)
+            if (name, before.dtype) == (candidate.name, case.dtype) and before.n <= case.n:
+                return f"ended the process at {before}"
+        return ""
 
     def _too_slow(self, candidate: Candidate, case: Case, left: float) -> str:
         """The reason, if its calls (check, warm-up, fewest rounds) would take more than a fair share of the budget."""
@@ -133,18 +174,15 @@ class Runner:
         rows: dict[str, dict[str, Any]],
         case: Case,
         sets: Iterator[tuple[Tensor, Tensor, Tensor]],
+        slowest: float,  # seconds
     ) -> None:
         """Fill in the times of interleaved rounds, P, and the share of the limit."""
         timed: dict[str, list[tuple[float, float]]] = {name: [] for name in losses}
         gemms: dict[str, list[float]] = {name: [] for name in products(case, self.device)}
         peaks: list[float] = []
-        slowest = 0.0
-        for name, loss in losses.items():
-            slowest = max(slowest, once(loss, *next(sets), self.device)[1])
-            rows[name]["peak_bytes"] = peak_bytes(loss, *next(sets), self.device)
         for library in gemms:
             gemm(*next(sets), self.device, library)
-        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_PER_CANDIDATE / max(slowest, 1e-6))))
+        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_PER_CANDIDATE[self.device] / max(slowest, 1e-6))))
         names = list(losses)
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
@@ -152,7 +190,7 @@ class Runner:
             for library, seconds in gemms.items():
                 seconds.append(gemm(*next(sets), self.device, library))
             if self.device == "cpu" and peak.available():
-                peaks.append(peak.multiply_adds_per_second(case.dtype))
+                peaks.append(peak.multiply_adds_per_second(str(case.torch_dtype).removeprefix("torch.")))
         library = min(gemms, key=lambda name: statistics.median(gemms[name]))
         multiplies = {candidate.name: candidate.products(case, self.device) for candidate in self.candidates}
         for name, times in timed.items():
@@ -177,6 +215,17 @@ class Runner:
                 rows[name]["share_of_limit"] = multiplied / total / highest
             if self.device == "cuda":
                 rows[name]["tflops"] = 2 * PRODUCTS * case.n**2 * case.d / total / 1e12
+
+
+@contextmanager
+def precision(wanted: str) -> Iterator[None]:
+    """With this precision of float32's products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def truth(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

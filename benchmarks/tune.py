@@ -1,24 +1,36 @@
-"""The search for tile shapes: `python -m benchmarks gpu --tune` times them and prints lines for clipfast/tuning.py."""
+"""`python -m benchmarks.tune SECONDS`: the search for tile shapes on a GPU, as lines for clipfast/tuning.py.
+
+All candidates are compiled first, on all processors. Those that may ship are timed, the model's or the count's best
+first, so that a search that is cut off has tried the likely ones.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import fields, replace
 from datetime import date
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from benchmarks.compile_report import Case, Compiled, compile_case
 from clipfast import tuning
 from clipfast.block import Block, Weights
-from clipfast.tuning import KERNELS, Config, Device
+from clipfast.tuning import Config, Device
 
 N, WIDTH = 16384, 768
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
+SEARCHES = (("statistics", 2), ("gradient", 2), ("statistics", 4), ("gradient", 4), ("accumulate", 2))  # by value
+PER_PROCESSOR = 2  # programs of a multiprocessor, at most
 ROUNDS = 7
 
 
@@ -41,35 +53,57 @@ def candidates(kernel: str, device: Device, itemsize: int) -> Iterator[Config]:
 
 
 def tune(device: torch.device, seconds: float) -> list[Config]:
-    """The fastest configuration of each kernel and operand size, printed as lines for CONFIGS.
+    """The fastest configuration of each kernel and operand size in SEARCHES, printed as lines for CONFIGS.
 
     A time is that of forward (statistics) or backward at n = m = 16384, d = 768; the matrix products of backward's
-    chunks are in it, the same for all. What does not compile, or finds no registers or shared memory, is passed over.
+    chunks are in it, the same for all. What does not compile or may not ship is passed over.
 
     Args:
         device: the GPU.
-        seconds: for all; each kernel and operand size has an equal share, and what does not fit is not tried.
+        seconds: for all; each search has an equal share of what is left, half of it at most to compile.
     """
     described = tuning.describe(device)
     hardware = torch.cuda.get_device_name(device)
-    searches = list(itertools.product(KERNELS, DTYPES))
+    end = time.monotonic() + seconds
     best = []
-    for index, (kernel, itemsize) in enumerate(searches):
-        deadline = time.monotonic() + seconds / len(searches)
+    for index, (kernel, itemsize) in enumerate(SEARCHES):
+        share = (end - time.monotonic()) / (len(SEARCHES) - index)
+        deadline = time.monotonic() + share
+        found = promising(list(candidates(kernel, described, itemsize)), share / 2)
         step = steps(kernel, DTYPES[itemsize], device)
         timed: list[tuple[float, Config]] = []
-        for config in tqdm(list(candidates(kernel, described, itemsize)), desc=f"{index + 1}/{len(searches)} {kernel}"):
+        for config in tqdm(found, desc=f"{index + 1}/{len(SEARCHES)} {kernel}", disable=None):
             if time.monotonic() > deadline:
                 break
             milliseconds = median_time(step, config)
             if milliseconds is not None:
                 timed.append((milliseconds, config))
+        if not timed:
+            continue
         milliseconds, config = min(timed, key=lambda pair: pair[0])
         products = 1 if kernel == "statistics" else 3
         rate = products * 2 * N * N * WIDTH / milliseconds / 1e9
         best.append(replace(config, source=f"{hardware}, {date.today()}: {rate:.0f} TFLOP/s at n = {N}, d = {WIDTH}"))
-        tqdm.write(line(best[-1]))
+        print(line(best[-1]), flush=True)
     return best
+
+
+def promising(configs: Sequence[Config], seconds: float) -> list[Config]:
+    """Those that compile in this time and may ship, the likely best first, with as many programs as fit."""
+    kinds = {2: (torch.bfloat16, "ieee"), 4: (torch.float32, "tf32")}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        wanted = (replace(config, per_processor=PER_PROCESSOR) for config in configs)
+        jobs = [pool.submit(compile_case, Case(config, *kinds[config.itemsize])) for config in wanted]
+        done, _ = wait(jobs, seconds)
+        pool.shutdown(cancel_futures=True)
+    rows = [job.result() for job in jobs if job in done and not job.exception()]
+    ready = sorted((row for row in rows if not row.fault), key=_unlikely)
+    return [replace(r.case.config, per_processor=max(1, min(r.programs, PER_PROCESSOR))) for r in ready]
+
+
+def _unlikely(row: Compiled) -> tuple[float, float]:
+    share = row.timed.share_of_peak(row.case.d) if row.timed else 0.0
+    return -share, math.inf if row.slots is None else row.slots
 
 
 def steps(kernel: str, dtype: torch.dtype, device: torch.device) -> Callable[[Config], object]:
@@ -117,3 +151,7 @@ def line(config: Config) -> str:
     positional = [repr(value) for _, value, _ in values[:8]]
     named = [f"{name}={value!r}" for name, value, default in values[8:] if value != default]
     return f"    Config({', '.join([*positional, *named])}),"
+
+
+if __name__ == "__main__":
+    tune(torch.device("cuda"), float(sys.argv[1]))

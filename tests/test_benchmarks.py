@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 
 import clipfast
-from benchmarks import accuracy, baselines, compare, environment, gpu, memory, options, report, run
+from benchmarks import accuracy, baselines, compare, environment, memory, options, report, run
 from benchmarks.__main__ import main
 from benchmarks.cases import DTYPES, Case, grid, inputs
 
 CASE = Case("float32", 64, 32)
+
+
+@pytest.fixture
+def _committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the tree had no uncommitted changes, with which no run goes on."""
+    described = environment.describe("cpu") | {"uncommitted_changes": False, "commit": "0123"}
+    monkeypatch.setattr(environment, "describe", lambda device: dict(described))
 
 
 def runner(tmp_path: Path, budget: float = 60, cases: tuple[Case, ...] = (CASE,), only: str = "clipfast") -> run.Runner:
@@ -209,13 +216,46 @@ def test_inputs_rotate_and_repeat() -> None:
 
 
 def test_the_grid_covers_what_is_claimed() -> None:
-    for device, largest in (("cpu", 32768), ("cuda", 131072)):
-        cases = grid(device)
-        assert len(set(cases)) == len(cases)
-        assert {case.n for case in cases} >= {256, 512, 1024, 2048, 4096, 8192, 16384, largest}
-        assert {case.d for case in cases} == {256, 512, 768, 1024, 1280}
-        assert {case.scale for case in cases} == {14.3, 100.0}
-        assert {case.dtype for case in cases} == {"float32", "bfloat16", "float16"}
+    cases = grid("cpu")
+    assert len(set(cases)) == len(cases)
+    assert {case.n for case in cases} == {2**k for k in range(8, 16)}
+    assert {case.d for case in cases} == {256, 512, 768, 1024, 1280}
+    assert {case.scale for case in cases} == {14.3, 100.0}
+    assert {case.dtype for case in cases} == {"float32", "bfloat16", "float16"}
+
+
+def test_tf32_is_float32_with_another_precision(tmp_path: Path) -> None:
+    case = Case("tf32", 64, 32)
+    before = torch.get_float32_matmul_precision()
+    (row,) = runner(tmp_path, cases=(case,), only="clipfast torch").run(silent)["rows"]
+    assert (row["status"], row["dtype"]) == ("ok", "tf32")
+    assert torch.get_float32_matmul_precision() == before
+    with run.precision(case.precision):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert next(inputs(case, "cpu"))[0].dtype == torch.float32
+
+
+@pytest.mark.usefixtures("_committed")
+def test_a_candidate_that_ends_the_process_is_left_out_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fatal() -> baselines.Loss:
+        raise SystemExit("segmentation fault")
+
+    monkeypatch.setattr(baselines, "OTHERS", (baselines.Candidate("clipfast, fatal", fatal),))
+    cases = (CASE, Case("float32", 32, 32), Case("float32", 128, 32), Case("bfloat16", 128, 32))
+    with pytest.raises(SystemExit):
+        runner(tmp_path, cases=cases).run(silent)
+    assert json.loads((tmp_path / "result.json").read_text())["trying"] == ["clipfast, fatal", CASE.as_dict()]
+    with pytest.raises(SystemExit):  # at n = 32, which is less
+        runner(tmp_path, cases=cases).run(silent)
+    with pytest.raises(SystemExit):  # in bfloat16
+        runner(tmp_path, cases=cases).run(silent)
+    rows = runner(tmp_path, cases=cases).run(silent)["rows"]
+    reasons = {(row["dtype"], row["n"]): row["reason"] for row in rows if row["candidate"] == "clipfast, fatal"}
+    assert reasons["float32", 128] == "ended the process at n=64 d=32 float32 scale=14.3"
+    assert len(reasons) == len(cases)
+    assert all(row["status"] == "ok" for row in rows if row["candidate"] == "clipfast torch")
 
 
 def test_plots_and_tables_come_from_the_result(tmp_path: Path) -> None:
@@ -301,70 +341,6 @@ def test_an_unknown_base_is_refused() -> None:
 def test_base_compares_two_installations(tmp_path: Path) -> None:
     compare.install(environment.ROOT, tmp_path)
     assert 0 < compare.seconds(tmp_path, 16, 8, "float32") < 1
-
-
-IDENTITY = {"device": "a GPU", "versions": {"torch": "2"}, "commit": "0123", "uncommitted_changes": False}
-
-
-def test_gpu_stages_are_done_once_and_in_order(tmp_path: Path) -> None:
-    calls: list[str] = []
-    healthy = False
-
-    def stage(name: str) -> gpu.Stage:
-        def call(seconds: float) -> str:
-            calls.append(name)
-            if name == "memcheck" and not healthy:
-                raise gpu.StageError("invalid read")
-            return "fine"
-
-        return gpu.Stage(name, call)
-
-    def attempt(budget: float = 60, **changes: Any) -> list[str]:
-        lines: list[str] = []
-        calls.clear()
-        record = gpu.Record(tmp_path / "gpu" / "record.json", IDENTITY | changes)
-        gpu.run_stages(map(stage, ("check", "memcheck", "measure")), record, budget, lines.append)
-        return lines
-
-    with pytest.raises(gpu.StageError, match="invalid read"):
-        attempt()
-    assert calls == ["check", "memcheck"]
-    healthy = True
-    with pytest.raises(gpu.StageError, match="memcheck: the budget of 0 s is spent; call again"):
-        attempt(budget=0)
-    assert attempt()[0] == "check: already done"
-    assert calls == ["memcheck", "measure"]
-    assert attempt() == [f"{name}: already done" for name in ("check", "memcheck", "measure")]
-    assert json.loads((tmp_path / "gpu" / "record.json").read_text())["stages"]["measure"]["line"] == "fine"
-    for change in ({"commit": "4567"}, {"uncommitted_changes": True}, {"uncommitted_changes": True}):
-        attempt(**change)
-        assert calls == ["check", "memcheck", "measure"]
-
-
-def test_gpu_commands_fail_with_the_end_of_their_output() -> None:
-    assert gpu.command([sys.executable, "-c", "print('here')"], 60) == "here\n"
-    with pytest.raises(gpu.StageError, match=r"(?s)exit status 1:\nTraceback.*ValueError: wrong"):
-        gpu.command([sys.executable, "-c", "raise ValueError('wrong')"], 60)
-    with pytest.raises(gpu.StageError, match="took more than 1 s:\nhere"):
-        gpu.command([sys.executable, "-uc", "import time; print('here'); time.sleep(60)"], 1)
-
-
-def test_gpu_run_without_a_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert gpu.sanitize("memcheck", 60) == "skipped, compute-sanitizer is not installed"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_run_without_a_gpu() -> None:
-    with pytest.raises(SystemExit, match="torch finds no CUDA or ROCm GPU here"):
-        main(["gpu"])
-
-
-def test_the_sanitized_program_runs() -> None:
-    """Through the interpreter, on the CPU."""
-    pytest.importorskip("triton")
-    program = gpu.SANITIZED.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", "")
-    gpu.command([sys.executable, "-c", program], 300, TRITON_INTERPRET="1")
 
 
 def test_the_chunked_gemm_baseline_is_right() -> None:
