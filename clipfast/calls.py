@@ -64,6 +64,7 @@ def contrastive_loss(
         scale, bias = scalars(x, logit_scale, 0.0 if logit_bias is None or biases is not None else logit_bias)
         needs = {IDS} if ids[0] is not None else set()
         backend = select(x, y, backend, needs | {RANKS} if return_metrics else needs)
+        allowed = dispatch.allowed_bytes(keep_bytes)
     if projections and (ranks is not None or biases is not None):
         x, y = (side.plain_rows(x.dtype) for side in projections)
         projections = ()
@@ -79,7 +80,7 @@ def contrastive_loss(
     if projections:
         inputs = tuple(t for both in zip(*projections, strict=True) for t in both)  # features, weights, biases
     keep = ranks is None and wants_gradients(*inputs, scale, bias)
-    keep = keep and dispatch.keeps_logits(backend, len(x), len(y), x.dtype, keep_bytes)
+    keep = keep and dispatch.keeps_logits(backend, len(x), (len(y),), x.dtype, allowed) > 0
     options = Options(normalize, label_smoothing, direction, reduction, same_id, return_metrics, backend, keep)
     if ranks is None:
         numbers = arguments.numbered_ids(*ids, x, y)
@@ -95,7 +96,9 @@ def contrastive_loss(
         from clipfast import distributed  # imports torch's compiler, which takes a second
 
         group_options = GroupOptions(ranks, grad_reduction, scheme, equal_shards)
-        loss, row_above, col_above = distributed.contrastive_loss(x, y, scale, bias, *ids, options, group_options)
+        loss, row_above, col_above = distributed.contrastive_loss(
+            x, y, scale, bias, *ids, options, group_options, allowed
+        )
     if not return_metrics:
         return loss
     return loss, recalls(row_above, col_above[: len(x)], direction, ranks)  # type: ignore[return-value]
