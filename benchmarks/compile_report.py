@@ -59,6 +59,7 @@ OPTIONS = {
     "accumulate": ("", *SAME_IDS),
     "sigmoid": ("", "loss alone", *SAME_IDS),
     "distillation": ("", "loss alone"),
+    "projection": ("",),
 }
 
 
@@ -125,8 +126,10 @@ def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) ->
     Rows that are not aligned come with norms alone, which add to what is held; so do options, with those rows if taken.
     `plain`: of the plain softmax's kernels alone, and without options.
     """
+    from clipfast.kernels import projection
+
     found = []
-    for config in tuning.CONFIGS:
+    for config in (*tuning.CONFIGS, *projection.CONFIGS):
         if config.architecture not in architectures or (plain and config.kernel not in PLAIN_KERNELS):
             continue
         any_rows = not (config.tma or config.aligned)
@@ -174,11 +177,16 @@ def _counted(compiled: Compiled, cubin: bytes) -> Compiled:
 
 def _launch(case: Case) -> str:
     """Launch what the case is about, and return that kernel's name."""
-    from clipfast.kernels import launch
+    from clipfast.kernels import launch, projection
 
     kernel = case.config.kernel
     options: dict[str, Any] = {"config": case.config, "precision": case.precision}
     x, y = (torch.zeros(ROWS, case.d, dtype=case.dtype) for _ in range(2))
+    if kernel == "projection":
+        # "norms" is a bias here, and the weight, W or W^T, is read along either dimension.
+        weight = y[:, : case.d].T if case.factors else torch.zeros(case.d, ROWS, dtype=case.dtype)
+        projection.project(x, weight, y[:, 0] if case.factors else None, **options)
+        return "projection_kernel"
     vector = torch.zeros(ROWS, dtype=torch.float64)
     factor = torch.ones(ROWS) if case.factors else None
     block = Block(x, y, torch.ones(()), torch.zeros(()), 0, factor, factor)

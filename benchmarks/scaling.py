@@ -91,8 +91,10 @@ class Counter:
         ]
         for backend in dispatch.BACKENDS:
             counts.append((backend, "forward", lambda block, *_: self._multiply(block, 1)))
+            # Both take Weights or Statistics, with the kept logits if there are any.
             names = [name for name in ("backward", "symmetric_gradients") if hasattr(backend, name)]
-            counts += [(backend, name, lambda block, *_: self._multiply(block, 3)) for name in names]
+            gradients = lambda block, of, *_: self._multiply(block, 3 - (of.kept is not None))  # noqa: E731
+            counts += [(backend, name, gradients) for name in names]
             counts.append((backend, "sigmoid", lambda block, *_: self._multiply(block, 3)))
             counts.append((backend, "distillation", lambda block, *_: self._multiply(block, 4)))
         for owner, name, count in counts:

@@ -18,6 +18,7 @@ ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 NAMES = ("image_features", "text_features")
+IMAGE_NAMES, TEXT_NAMES = (NAMES[0], "w_i", "b_i"), (NAMES[1], "w_t", "b_t")  # of a projection
 
 
 def matched_features(
@@ -39,10 +40,7 @@ def feature_pair(
     images, texts = features(names[0], image_features, fewest_rows), features(names[1], text_features, fewest_rows)
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"{names[1]}: got shape {shape(texts)}; its d must be that of {names[0]}, {shape(images)}")
-    if images.device != texts.device:
-        raise ValueError(
-            f"{names[1]}: is on {texts.device}; {names[0]} is on {images.device}, both must be on one device"
-        )
+    _check_device(names[1], texts, names[0], images)
     if images.dtype == texts.dtype:
         return images, texts
     promoted = torch.promote_types(images.dtype, texts.dtype)
@@ -65,19 +63,36 @@ def features(name: str, value: object, fewest_rows: int = 1) -> Tensor:  # [rows
     return plain(name, value)
 
 
-def projection(name: str, value: object, matrix_name: str, matrix: object, fewest_rows: int = 1) -> Tensor:
-    """The features' product with a matrix [d, d'], both checked."""
-    rows, weights = features(name, value, fewest_rows), features(matrix_name, matrix)
+def projection(
+    given: tuple[object, object, object], name: str, matrix_name: str, bias_name: str, fewest_rows: int = 1
+) -> tuple[Tensor, Tensor, Tensor | None]:  # [rows, d], [d, d'], [d'] or None
+    """Features, the matrix and the bias of their projection, checked."""
+    rows, weights = features(name, given[0], fewest_rows), features(matrix_name, given[1])
     if rows.shape[1] != weights.shape[0]:
         raise ValueError(
             f"{matrix_name}: got shape {shape(weights)}; its rows must be the columns of {name}, {shape(rows)}"
         )
-    if rows.device != weights.device:
+    _check_device(matrix_name, weights, name, rows)
+    bias = given[2]
+    if bias is None:
+        return rows, weights, None
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{bias_name}: got {type_name(bias)}; accepted is a torch.Tensor or None")
+    if bias.dtype not in DTYPES:
+        raise TypeError(f"{bias_name}: got {bias.dtype}; accepted are {', '.join(map(str, DTYPES))}")
+    if bias.shape != weights.shape[1:]:
         raise ValueError(
-            f"{matrix_name}: is on {weights.device}; {name} is on {rows.device}, both must be on one device"
+            f"{bias_name}: got shape {shape(bias)}; accepted is one number for each column of {matrix_name}"
         )
-    promoted = torch.promote_types(rows.dtype, weights.dtype)
-    return rows.to(promoted) @ weights.to(promoted)
+    _check_device(bias_name, bias, name, rows)
+    return rows, weights, plain(bias_name, bias)
+
+
+def _check_device(name: str, value: Tensor, others_name: str, others: Tensor) -> None:
+    if value.device != others.device:
+        raise ValueError(
+            f"{name}: is on {value.device}; {others_name} is on {others.device}, both must be on one device"
+        )
 
 
 def plain(name: str, value: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def differentiable(
         if formed and torch.is_grad_enabled():
             _refuse_double_backward()
         by_inputs = function(gradient, *ctx.saved_tensors, *ctx.values)
-        return *by_inputs, *[None] * (ctx.inputs - len(by_inputs))
+        wanted = (g if wants else None for g, wants in zip(by_inputs, ctx.needs_input_grad, strict=False))
+        return *wanted, *[None] * (ctx.inputs - len(by_inputs))
 
     def operator_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return gradients(ctx, derivative, gradient)

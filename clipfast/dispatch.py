@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -66,25 +67,28 @@ def kept_bytes(backend: str, n: int, m: int, dtype: torch.dtype) -> int:
     return of_backend(n, m) * accumulation_dtype(dtype).itemsize if of_backend else 0
 
 
-def keeps_logits(backend: str, n: int, m: int, dtype: torch.dtype, keep_bytes: int | None = None) -> bool:
-    """Whether the logits of an [n, m] block are kept: where they fit into `keep_bytes`.
+def keeps_logits(
+    backend: str, n: int, columns: Sequence[int], dtype: torch.dtype, keep_bytes: int | None = None
+) -> int:
+    """The bytes of the logits of blocks [n, m], m one of `columns`, that are kept: of all, where they fit `keep_bytes`.
 
     None asks the environment variable CLIPFAST_KEEP_BYTES, and where that is unset or empty takes KEEP_BYTES.
 
     Raises:
         ValueError: the environment variable is no number of bytes.
     """
-    if keep_bytes is None:
-        keep_bytes = _keep_bytes(os.environ.get(KEEP_VARIABLE))
-    return 0 < kept_bytes(backend, n, m, dtype) <= keep_bytes
+    kept = sum(kept_bytes(backend, n, m, dtype) for m in columns if n and m)
+    return kept if kept <= allowed_bytes(keep_bytes) else 0
 
 
-def _keep_bytes(named: str | None) -> int:
-    if not named:
-        return KEEP_BYTES
-    if not named.isdecimal():
+def allowed_bytes(keep_bytes: int | None) -> int:
+    """How many bytes of logits may be kept, as `keeps_logits` has it."""
+    if keep_bytes is not None:
+        return keep_bytes
+    named = os.environ.get(KEEP_VARIABLE)
+    if named and not named.isdecimal():
         raise ValueError(f"{KEEP_VARIABLE}: got {named!r}; accepted is a number of bytes")
-    return int(named)
+    return int(named) if named else KEEP_BYTES
 
 
 def _reasons_against(candidate: ModuleType, problem: Problem, backend: str) -> tuple[str, ...]:

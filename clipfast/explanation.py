@@ -120,7 +120,11 @@ def explain(
     chosen = dispatch.select(problem, arguments.backend_name(backend))
     module = dispatch.get(chosen)
     workspace = module.workspace_bytes(problem)
-    keeps = loss == "contrastive" and not ranks and dispatch.keeps_logits(chosen, n, m, dtype, keep_bytes)
+    columns = [m] * world_size if ranks and ranks.scheme != GATHER else [visited]
+    kept = dispatch.keeps_logits(chosen, n, columns, dtype, keep_bytes) if loss == "contrastive" else 0
+    if ranks and kept:
+        fewer = ranks.backward_products - 1 / world_size
+        ranks = ranks._replace(backward_products=fewer, saved_bytes=ranks.saved_bytes + kept)
     memory = Memory(
         problem,
         workspace=workspace,
@@ -128,10 +132,10 @@ def explain(
         label_smoothing=bool(label_smoothing),
         adds_positives=adds_positives,
         folds_norms=module.folds_norms(dtype),
-        kept=dispatch.kept_bytes(chosen, n, m, dtype) if keeps else 0,
+        kept=kept,
     )
     forward_products, backward_products = PRODUCTS[loss]
-    backward_products -= keeps
+    backward_products -= kept > 0
     return Explanation(
         problem=problem,
         chosen=chosen,
@@ -140,7 +144,7 @@ def explain(
         workspace_bytes=workspace + ranks.workspace_bytes if ranks else memory.workspace_bytes,
         gradient_bytes=(n + m) * d * dtype.itemsize,
         dense_logits_bytes=n * world_size * m * 4,
-        keeps_logits=keeps,
+        keeps_logits=kept > 0,
         forward_products=ranks.forward_products if ranks else forward_products,
         backward_products=ranks.backward_products if ranks else backward_products,
         ranks=ranks,

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipfast import arguments, dispatch, distillation, operators, sigmoid
+from clipfast import arguments, calls, distillation, operators, sigmoid
 from clipfast.block import IGNORE, SAME_IDS
-from clipfast.collectives import Ranks, refusing, warn_of_a_local_loss
-from clipfast.norms import l2_normalize
-from clipfast.problem import DISTILLATION, IDS, RANKS, SIGMOID, Problem, accumulation_dtype
-from clipfast.schemes import SCHEMES, GroupOptions
-from clipfast.softmax import BOTH, DIRECTIONS, IMAGE_TO_TEXT, MEAN, REDUCTIONS, TEXT_TO_IMAGE, Options
-
-GRAD_REDUCTIONS = ("mean", "sum")
-METRIC_KS = (1, 5, 10)
+from clipfast.problem import DISTILLATION, IDS, SIGMOID
+from clipfast.projected import Projection
+from clipfast.schemes import GroupOptions
+from clipfast.softmax import BOTH, MEAN
 
 
 def contrastive_loss(
@@ -79,9 +75,10 @@ def contrastive_loss(
             ranks) or "auto", which gathers where all texts and their gradients take no more than 4 GiB.
         equal_shards: a promise that all ranks call with the same shapes, dtypes, options and wanted gradients. They do
             not compare them then, and do not wait for the device.
-        keep_bytes: so many bytes of logits may stay between the passes. Where all fit, in one process, the backward
-            pass of `cpu` does not recompute them, with the same result to the last bit. None for the environment
-            variable CLIPFAST_KEEP_BYTES, or 64 MiB; 0 never keeps them.
+        keep_bytes: so many bytes of logits may stay between the passes. Where all of this process's fit, the backward
+            pass of `cpu` and `torch` does not recompute them, with the same result to the last bit; in a group those of
+            its own images with all texts. None for the environment variable CLIPFAST_KEEP_BYTES, or 64 MiB; 0 never
+            keeps them.
         deterministic: every backend repeats bitwise, so None, True and False give the same result.
         backend: "auto" or a name from `clipfast.backends()`; a name never falls back to another backend.
 
@@ -95,43 +92,18 @@ def contrastive_loss(
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
             In a group the ranks that wait for this one raise ValueError too.
     """
-    ranks = _ranks_of(group)
-    with telling(ranks, image_features, equal_shards):
-        _check_common(normalize, grad_reduction, scheme, deterministic)
-        arguments.choice("direction", direction, DIRECTIONS)
-        arguments.choice("reduction", reduction, REDUCTIONS)
-        arguments.choice("same_id", same_id, SAME_IDS)
-        arguments.flag("return_metrics", return_metrics)
-        arguments.bytes_or_none("keep_bytes", keep_bytes)
-        label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
-        x, y = arguments.matched_features(image_features, text_features, fewest_rows=0 if ranks else 1)
-        ids = arguments.ids(image_ids, text_ids, x, y)
-        biases = _biases_of_candidates(logit_bias, x, y)
-        scale, bias = _scalars(x, logit_scale, 0.0 if logit_bias is None or biases is not None else logit_bias)
-        needs = {IDS} if ids[0] is not None else set()
-        backend = _select(x, y, backend, needs | {RANKS} if return_metrics else needs)
-    if biases is not None:
-        of_one: dict[str, Any] = {
-            "normalize": normalize, "label_smoothing": label_smoothing, "reduction": reduction, "image_ids": image_ids,
-            "text_ids": text_ids, "same_id": same_id, "return_metrics": return_metrics, "group": group,
-            "grad_reduction": grad_reduction, "scheme": scheme, "equal_shards": equal_shards,
-            "keep_bytes": keep_bytes, "backend": backend,
-        }  # fmt: skip
-        return _with_bias_of_candidates(x, y, logit_scale, biases, direction, **of_one)
-    keep = ranks is None and _wants_gradients(x, y, scale, bias)
-    keep = keep and dispatch.keeps_logits(backend, len(x), len(y), x.dtype, keep_bytes)
-    options = Options(normalize, label_smoothing, direction, reduction, same_id, return_metrics, backend, keep)
-    if ranks is None:
-        numbers = arguments.numbered_ids(*ids, x, y)
-        loss, _, _, _, row_above, col_above, _ = operators.contrastive_loss(x, y, scale, bias, *numbers, *options)
-    else:
-        from clipfast import distributed  # imports torch's compiler, which takes a second
+    options: dict[str, Any] = {
+        "normalize": normalize, "label_smoothing": label_smoothing, "direction": direction, "reduction": reduction,
+        "image_ids": image_ids, "text_ids": text_ids, "same_id": same_id, "return_metrics": return_metrics,
+        "group": group, "grad_reduction": grad_reduction, "scheme": scheme, "equal_shards": equal_shards,
+        "keep_bytes": keep_bytes, "deterministic": deterministic, "backend": backend,
+    }  # fmt: skip
+    return calls.contrastive_loss(image_features, text_features, logit_scale, logit_bias, **options)
 
-        group_options = GroupOptions(ranks, grad_reduction, scheme, equal_shards)
-        loss, row_above, col_above = distributed.contrastive_loss(x, y, scale, bias, *ids, options, group_options)
-    if not return_metrics:
-        return loss
-    return loss, recalls(row_above, col_above[: len(x)], direction, ranks)  # type: ignore[return-value]
+
+DEFAULTS: dict[str, Any] = {
+    p.name: p.default for p in inspect.signature(contrastive_loss).parameters.values() if p.kind is p.KEYWORD_ONLY
+}
 
 
 def projected_contrastive_loss(
@@ -141,32 +113,43 @@ def projected_contrastive_loss(
     w_t: Tensor,  # [d_t, d]
     logit_scale: Tensor | float,  # exp(t)
     logit_bias: Tensor | float | None = None,
+    *,
+    b_i: Tensor | None = None,  # [d]
+    b_t: Tensor | None = None,  # [d]
     **options: Any,
 ) -> Tensor:  # as contrastive_loss
     """CLIP's loss from the encoders' outputs on: project, normalize, multiply, scale (Radford et al. 2021, figure 3).
 
-    Equal to, in value and in the gradients of all six inputs,
+    Equal to, in value and in the gradients of all inputs,
 
-        contrastive_loss(image_features @ w_i, text_features @ w_t, logit_scale, logit_bias, normalize=True, **options)
+        contrastive_loss(image_features @ w_i + b_i, text_features @ w_t + b_t, logit_scale, logit_bias,
+                         normalize=True, **options)
 
-    where `normalize=True` keeps no normalized copy: `cpu` and `triton` take each row's norm as a factor. Features and
-    matrices of two dtypes are promoted as by torch; under autocast the products are autocast's.
+    in one operation: `triton` forms the rows' norms in the epilogue of the projection's product, `cpu` in one pass over
+    the rows, both take them as factors of the logits, and no normalized copy is stored. A projection's backward
+    products are made where its features or its matrix want a gradient. With a group, and with a bias for each
+    candidate, it is the composition above. All inputs are promoted to one dtype, as by torch; under autocast rows are
+    projected in autocast's dtype.
 
     Args:
-        w_i, w_t: the projections of both, to one width d.
+        w_i, w_t: the projections of both, to one width d; of any strides.
+        b_i, b_t: added to the projected rows, if given.
         options: the keyword options of `clipfast.contrastive_loss`, but for `normalize`.
 
     Returns:
-        What `clipfast.contrastive_loss` returns.
+        What `clipfast.contrastive_loss` returns. Gradients have their input's dtype.
 
     Raises:
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
+            In a group the ranks that wait for this one raise ValueError too.
     """
     if "normalize" in options:
         raise TypeError("normalize: not an option; projected features are always normalized")
-    pairs = (("image_features", image_features, "w_i", w_i), ("text_features", text_features, "w_t", w_t))
-    x, y = (arguments.projection(*pair, fewest_rows=0 if options.get("group") else 1) for pair in pairs)
-    return contrastive_loss(x, y, logit_scale, logit_bias, normalize=True, **options)
+    for name in options:
+        if name not in DEFAULTS:
+            raise TypeError(f"{name}: not an option; accepted are {', '.join(DEFAULTS)}")
+    images, texts = Projection(image_features, w_i, b_i), Projection(text_features, w_t, b_t)
+    return calls.contrastive_loss(images, texts, logit_scale, logit_bias, **(DEFAULTS | options | {"normalize": True}))
 
 
 def siglip_loss(
@@ -209,14 +192,14 @@ def siglip_loss(
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
             In a group the ranks that wait for this one raise ValueError too.
     """
-    ranks = _ranks_of(group)
-    with telling(ranks, image_features, equal_shards):
-        _check_common(normalize, grad_reduction, scheme, deterministic)
+    ranks = calls.ranks_of(group)
+    with calls.telling(ranks, image_features, equal_shards):
+        calls.check_common(normalize, grad_reduction, scheme, deterministic)
         arguments.choice("same_id", same_id, SAME_IDS)
         x, y = arguments.matched_features(image_features, text_features, fewest_rows=0 if ranks else 1)
-        scale, bias = _scalars(x, logit_scale, logit_bias)
+        scale, bias = calls.scalars(x, logit_scale, logit_bias)
         ids = arguments.ids(image_ids, text_ids, x, y)
-        backend = _select(x, y, backend, {SIGMOID} if ids[0] is None else {SIGMOID, IDS})
+        backend = calls.select(x, y, backend, {SIGMOID} if ids[0] is None else {SIGMOID, IDS})
     if ranks is not None:
         from clipfast import distributed
 
@@ -225,7 +208,7 @@ def siglip_loss(
         return distributed.siglip_loss(  # type: ignore[no-any-return]
             x, y, scale, bias, *ids, options, group_options
         )
-    wanted, numbers = _wants_gradients(x, y, scale, bias), arguments.numbered_ids(*ids, x, y)
+    wanted, numbers = calls.wants_gradients(x, y, scale, bias), arguments.numbered_ids(*ids, x, y)
     loss, *_ = operators.siglip_loss(x, y, scale, bias, *numbers, wanted, normalize, same_id, backend)
     return loss
 
@@ -271,9 +254,9 @@ def distillation_loss(
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
             In a group the ranks that wait for this one raise ValueError too.
     """
-    ranks = _ranks_of(group)
-    with telling(ranks, image_features, equal_shards):
-        _check_common(normalize, grad_reduction, scheme, deterministic)
+    ranks = calls.ranks_of(group)
+    with calls.telling(ranks, image_features, equal_shards):
+        calls.check_common(normalize, grad_reduction, scheme, deterministic)
         fewest_rows = 0 if ranks else 1
         x, y = arguments.matched_features(image_features, text_features, fewest_rows=fewest_rows)
         names = ("teacher_image_features", "teacher_text_features")
@@ -285,9 +268,9 @@ def distillation_loss(
                 raise ValueError(f"{name}: is on {theirs.device}; the student's are on {own.device}")
         dtype = torch.promote_types(x.dtype, teacher[0].dtype)
         x, y, teacher_x, teacher_y = (t.to(dtype) for t in (x, y, *(t.detach() for t in teacher)))
-        scale, _ = _scalars(x, logit_scale)
+        scale, _ = calls.scalars(x, logit_scale)
         teacher_scale = arguments.scalar("teacher_logit_scale", teacher_logit_scale, scale.dtype, x.device).detach()
-        backend = _select(x, y, backend, {DISTILLATION})
+        backend = calls.select(x, y, backend, {DISTILLATION})
     both = x, y, scale, teacher_x, teacher_y, teacher_scale
     if ranks is not None:
         from clipfast import distributed
@@ -297,99 +280,5 @@ def distillation_loss(
         return distributed.distillation_loss(  # type: ignore[no-any-return]
             *both, options, group_options
         )
-    loss, *_ = operators.distillation_loss(*both, _wants_gradients(x, y, scale), normalize, backend)
+    loss, *_ = operators.distillation_loss(*both, calls.wants_gradients(x, y, scale), normalize, backend)
     return loss
-
-
-def _with_bias_of_candidates(
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [n, d]
-    logit_scale: Tensor | float,
-    logit_bias: Tensor,  # [n]
-    direction: str,
-    *,
-    normalize: bool,
-    **options: Any,
-) -> Tensor:
-    """`contrastive_loss` with a bias for each candidate: a column more of the features, for one direction at a time."""
-    if direction == BOTH:
-        parts: list[Any] = [
-            _with_bias_of_candidates(x, y, logit_scale, logit_bias, one, normalize=normalize, **options)
-            for one in (IMAGE_TO_TEXT, TEXT_TO_IMAGE)
-        ]
-        losses, metrics = zip(*parts, strict=True) if options["return_metrics"] else (parts, ())
-        loss = torch.stack(losses)
-        loss = loss.mean() if options["reduction"] == MEAN else loss
-        return (loss, metrics[0] | metrics[1]) if metrics else loss  # type: ignore[return-value]
-    scale, _ = _scalars(x, logit_scale)
-    if normalize:
-        x, y = l2_normalize(x), l2_normalize(y)
-    one, bias = scale.new_ones(len(x), 1), logit_bias.to(scale.dtype)[:, None]
-    extra = (one, bias) if direction == IMAGE_TO_TEXT else (bias, one)
-    x, y = (torch.cat((t, column), dim=1) for t, column in zip((scale * x, y), extra, strict=True))
-    return contrastive_loss(x, y, 1.0, direction=direction, **options)
-
-
-def recalls(
-    row_above: Tensor,  # [n]
-    col_above: Tensor,  # [n]
-    direction: str = BOTH,
-    group: Any = None,
-) -> dict[str, Tensor]:
-    """Recall at METRIC_KS of the counts of what is at or above a match, over the ranks of a group."""
-    counts = {IMAGE_TO_TEXT: row_above, TEXT_TO_IMAGE: col_above}
-    names = counts if direction == BOTH else (direction,)
-    hits = {f"{name}_R@{k}": (counts[name] < k).float().sum() for name in names for k in METRIC_KS}
-    totals = torch.stack((*hits.values(), torch.full_like(next(iter(hits.values())), row_above.shape[0])))
-    if group is not None:
-        totals = Ranks.of(group).sum(totals)
-    return dict(zip(hits, totals[:-1] / totals[-1], strict=True))
-
-
-def _ranks_of(group: Any) -> Any:
-    """The group that the loss is taken over, None for this process's own rows, which in a larger job is told once."""
-    if group is None:
-        warn_of_a_local_loss()
-    return arguments.process_group(group)
-
-
-def _check_common(normalize: object, grad_reduction: object, scheme: object, deterministic: object) -> None:
-    """The options that all losses have."""
-    arguments.flag("deterministic", False if deterministic is None else deterministic)
-    arguments.choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
-    arguments.choice("scheme", scheme, SCHEMES)
-    arguments.flag("normalize", normalize)
-
-
-def telling(group: Any, image_features: object, equal_shards: bool) -> AbstractContextManager[None]:
-    """An error in the arguments is told to the other ranks, which wait for this one."""
-    if group is None:
-        return nullcontext()
-    arguments.flag("equal_shards", equal_shards)
-    return refusing(group, arguments.device_of(image_features), equal_shards)
-
-
-def _biases_of_candidates(logit_bias: object, x: Tensor, y: Tensor) -> Tensor | None:  # [n]
-    """The bias, if it is one for each candidate, as open_clip's ClipLoss takes a tensor [n]."""
-    if isinstance(logit_bias, Tensor) and len(x) > 1 and logit_bias.shape == x.shape[:1] == y.shape[:1]:
-        return logit_bias
-    return None
-
-
-def _scalars(x: Tensor, logit_scale: object, logit_bias: object = 0.0) -> tuple[Tensor, Tensor]:
-    """logit_scale and logit_bias, 0-D, as the operators take them."""
-    dtype = accumulation_dtype(x.dtype)
-    return (
-        arguments.scalar("logit_scale", logit_scale, dtype, x.device),
-        arguments.scalar("logit_bias", logit_bias, dtype, x.device),
-    )
-
-
-def _select(x: Tensor, y: Tensor, backend: str, needs: set[str]) -> str:
-    n, m = (max(1, t.shape[0]) for t in (x, y))  # a rank of several may have no rows
-    problem = Problem(n, m, x.shape[1], x.dtype, x.device, frozenset(needs))
-    return dispatch.select(problem, arguments.backend_name(backend))
-
-
-def _wants_gradients(*inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipfast import arguments, dispatch, retrieval
 from clipfast.block import number_ids
-from clipfast.functional import telling
+from clipfast.calls import telling
 from clipfast.norms import l2_normalize
 from clipfast.problem import IDS, RANKS, Problem
 from clipfast.schemes import SCHEMES, GroupOptions

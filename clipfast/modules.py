@@ -187,6 +187,11 @@ class ProjectionHead(nn.Module):
         """[n, text_dim] -> l2-normalized text embeddings [n, embed_dim]."""
         return l2_normalize(text_features @ self.w_t)
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """The contrastive loss, 0-D, of image features [n, image_dim] and text features [m, text_dim], m >= n."""
-        return projected_contrastive_loss(image_features, text_features, self.w_i, self.w_t, self.logit_scale.exp())
+    def forward(self, image_features: Tensor, text_features: Tensor, **options: Any) -> Tensor:
+        """The contrastive loss, 0-D, of image features [n, image_dim] and text features [m, text_dim], m >= n.
+
+        `options` are those of `clipfast.projected_contrastive_loss`, and what comes back is what it returns.
+        """
+        return projected_contrastive_loss(
+            image_features, text_features, self.w_i, self.w_t, self.logit_scale.exp(), **options
+        )

@@ -8,6 +8,8 @@ from torch import Tensor
 from clipfast.block import Gradients
 from clipfast.problem import accumulation_dtype
 
+Factors = tuple[Tensor, Tensor]  # of x [n] and y [m]
+
 MIN_NORM = 1e-12  # as in torch.nn.functional.normalize: a zero row stays zero
 
 
@@ -37,20 +39,26 @@ def operands(
     y: Tensor,  # [m, d]
     normalize: bool,
     fold: bool,
+    factors: Factors | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x and y as a block takes them, and their factors if the backend is to fold them in.
+    """x and y as a block takes them, and their factors if the backend is to fold them in; `factors` where known.
 
     Rows that are normalized here are made anew in the backward pass, so that none keeps a copy.
     """
     if not normalize:
         return x, y, None, None
-    return (x, y, norm_factors(x), norm_factors(y)) if fold else (l2_normalize(x), l2_normalize(y), None, None)
+    if not fold:
+        return l2_normalize(x), l2_normalize(y), None, None
+    return x, y, *(factors or (norm_factors(x), norm_factors(y)))
 
 
-def gradients_through_norms(gradients: Gradients, x: Tensor, y: Tensor, dtype: torch.dtype) -> Gradients:
+def gradients_through_norms(
+    gradients: Gradients, x: Tensor, y: Tensor, dtype: torch.dtype, factors: Factors | None = None
+) -> Gradients:
     """By x and y what was by their normalized rows, in the accumulation dtype; rounded to `dtype` once."""
-    dx, dy = (through_norms(g, t, norm_factors(t)).to(dtype) for g, t in ((gradients.dx, x), (gradients.dy, y)))
-    return Gradients(dx, dy, gradients.dscale)
+    x_factor, y_factor = factors or (norm_factors(x), norm_factors(y))
+    dx = through_norms(gradients.dx, x, x_factor).to(dtype)
+    return Gradients(dx, through_norms(gradients.dy, y, y_factor).to(dtype), gradients.dscale)
 
 
 def _norms(features: Tensor) -> Tensor:  # [n, d] -> [n]

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast import dispatch, distillation, sigmoid, softmax
+from clipfast import dispatch, distillation, projected, sigmoid, softmax
 from clipfast.autograd import differentiable, flat
 from clipfast.block import Statistics
-from clipfast.problem import kept_dtype, statistics_dtype
+from clipfast.problem import accumulation_dtype, kept_dtype, statistics_dtype
+from clipfast.projected import Projection, Rows
 
 
 @flat
@@ -25,10 +26,15 @@ def _contrastive_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss and the statistics; row_above and col_above are empty without metrics, kept without `keep`."""
     loss, statistics = softmax.forward(x, y, scale, bias, image_ids, text_ids, options)
+    return loss, *_tensors(statistics, scale)
+
+
+def _tensors(statistics: Statistics, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """With empty ones in place of those that there are not."""
     row_lse, col_lse, positive, row_above, col_above, kept = statistics
     if row_above is None or col_above is None:
-        row_above, col_above = (x.new_empty(0, dtype=torch.int32) for _ in range(2))
-    return loss, row_lse, col_lse, positive, row_above, col_above, scale.new_empty(0) if kept is None else kept
+        row_above, col_above = (scale.new_empty(0, dtype=torch.int32) for _ in range(2))
+    return row_lse, col_lse, positive, row_above, col_above, scale.new_empty(0) if kept is None else kept
 
 
 @flat
@@ -75,6 +81,97 @@ contrastive_loss = differentiable(
     _contrastive_backward_shapes,
     # x, y, scale, bias, both ids, the three statistics and the kept logits; the options.
     save=lambda inputs, outputs: ((*inputs[:6], *outputs[1:4], outputs[6]), inputs[6:]),
+)
+
+
+@flat
+def _projected_forward(
+    image_features: Tensor,  # [n, d']
+    text_features: Tensor,  # [m, d'']
+    w_i: Tensor,  # [d', d]
+    w_t: Tensor,  # [d'', d]
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    b_i: Tensor | None,  # [d]
+    b_t: Tensor | None,  # [d]
+    image_ids: Tensor | None,  # [n], int32
+    text_ids: Tensor | None,  # [m], int32
+    dtype: torch.dtype,  # of the projected rows
+    of_images: bool,  # which gradients are wanted
+    of_texts: bool,
+    of_w_i: bool,
+    of_w_t: bool,
+    options: softmax.Options,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # as _contrastive_forward; x [n, d], y [m, d] and their rows' factors [n], [m]
+    images, texts = Projection(image_features, w_i, b_i), Projection(text_features, w_t, b_t)
+    loss, statistics, rows = projected.forward(images, texts, scale, bias, image_ids, text_ids, dtype, options)
+    return loss, *_tensors(statistics, scale), *rows
+
+
+@flat
+def _projected_backward(
+    gradient: Tensor,  # as the loss
+    image_features: Tensor,  # [n, d']
+    text_features: Tensor,  # [m, d'']
+    w_i: Tensor,  # [d', d]
+    w_t: Tensor,  # [d'', d]
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    b_i: Tensor | None,  # [d]
+    b_t: Tensor | None,  # [d]
+    image_ids: Tensor | None,  # [n], int32
+    text_ids: Tensor | None,  # [m], int32
+    row_lse: Tensor,  # [n]
+    col_lse: Tensor,  # [m]
+    positive: Tensor,  # [n]
+    kept: Tensor,
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    x_factor: Tensor,  # [n]
+    y_factor: Tensor,  # [m]
+    of_images: bool,
+    of_texts: bool,
+    of_w_i: bool,
+    of_w_t: bool,
+    options: softmax.Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # by the inputs but ids; unwanted are empty
+    statistics = Statistics(row_lse, col_lse, positive, kept=kept if options.keep else None)
+    by_images, by_texts, dscale, dbias = projected.backward(
+        gradient,
+        Projection(image_features, w_i, b_i),
+        Projection(text_features, w_t, b_t),
+        *(scale, bias, image_ids, text_ids, Rows(x, y, x_factor, y_factor), statistics),
+        (of_images, of_texts, of_w_i, of_w_t),
+        options,
+    )
+    (of_features, of_weights, of_biases) = zip(by_images, by_texts, strict=True)
+    return *of_features, *of_weights, dscale, dbias.to(bias.dtype), *of_biases
+
+
+def _projected_shapes(image_features: Tensor, text_features: Tensor, w_i: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    scale, bias, _, _, image_ids, text_ids, dtype, *_ = others[1:]
+    x, y = (t.new_empty((t.shape[0], w_i.shape[1]), dtype=dtype) for t in (image_features, text_features))
+    factors = (t.new_empty(t.shape[0], dtype=accumulation_dtype(dtype)) for t in (x, y))
+    return *_contrastive_shapes(x, y, scale, bias, image_ids, text_ids, *others[12:]), x, y, *factors
+
+
+def _projected_backward_shapes(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    wanted = (*inputs[18:22], True, True, *(t is not None for t in inputs[6:8]))
+    return tuple(
+        t.new_empty(t.shape) if wants else inputs[0].new_empty(0) for t, wants in zip(inputs[:8], wanted, strict=True)
+    )
+
+
+projected_contrastive_loss = differentiable(
+    "projected_contrastive_loss",
+    _projected_forward,
+    _projected_backward,
+    _projected_shapes,
+    _projected_backward_shapes,
+    # All tensors, the three statistics, the kept logits and the rows with their factors; what is wanted, the options.
+    save=lambda inputs, outputs: ((*inputs[:10], *outputs[1:4], *outputs[6:]), inputs[11:]),
 )
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from clipfast import cross_entropy, dispatch
 from clipfast.block import POSITIVE, Block, Gradients, Statistics, Weights
 from clipfast.logit_sums import Sums, add_constants, logit_sums, same_counts
-from clipfast.norms import gradients_through_norms, operands
+from clipfast.norms import Factors, gradients_through_norms, operands
 from clipfast.problem import accumulation_dtype
 
 BOTH, IMAGE_TO_TEXT, TEXT_TO_IMAGE = DIRECTIONS = ("both", "image_to_text", "text_to_image")
@@ -66,10 +66,11 @@ def forward(
     image_ids: Tensor | None,  # [n], int32
     text_ids: Tensor | None,  # [m], int32
     options: Options,
+    factors: Factors | None = None,  # of rows that are normalized, where they are known
 ) -> tuple[Tensor, Statistics]:  # the loss as `Options.chosen` says, in the accumulation dtype
     with without_autocast(x.device):
         backend = dispatch.get(options.backend)
-        block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options, keep=options.keep)
+        block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options, factors, keep=options.keep)
         statistics = backend.forward(block, backend.matches(block) if options.metrics else None)
         if options.plain and not block.adds_positives:
             mean = getattr(backend, "symmetric_cross_entropy", cross_entropy.symmetric_cross_entropy)
@@ -95,19 +96,30 @@ def backward(
     text_ids: Tensor | None,  # [m], int32
     statistics: Statistics,
     options: Options,
+    factors: Factors | None = None,
+    dtype: torch.dtype | None = None,  # of dx and dy, the block's or its accumulation dtype; None for the block's
 ) -> tuple[Gradients, Tensor]:  # and dbias []
+    dtype = dtype or x.dtype
     with without_autocast(x.device):
         backend = dispatch.get(options.backend)
-        block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options)
+        block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options, factors)
+        constants, at_once = None, getattr(backend, "symmetric_gradients", None)
+        # Not rounded yet where something is to become of them.
+        through = options.normalize and block.x_factor is None
+        of_sums = accumulation_dtype(x.dtype) if through or options.label_smoothing else dtype
         if not options.plain or block.adds_positives:
             weights, constants, dbias = _weights(block, statistics, gradient, options)
-            weights = weights._replace(kept=statistics.kept)
-            return finished(backend, block, weights, constants, x, y, options), dbias
-        if at_once := getattr(backend, "symmetric_gradients", None):
-            gradients, dbias = at_once(block, statistics, gradient, _dtype_of_sums(block, x, None, options))
-            return _through(gradients, block, x, y, options), dbias
-        weights = cross_entropy.symmetric_cross_entropy_weights(statistics, gradient)
-        return finished(backend, block, weights, None, x, y, options), _total(weights)
+            gradients = backend.backward(block, weights._replace(kept=statistics.kept), of_sums)
+        elif at_once:
+            gradients, dbias = at_once(block, statistics, gradient, of_sums)
+        else:
+            weights = cross_entropy.symmetric_cross_entropy_weights(statistics, gradient)
+            gradients, dbias = backend.backward(block, weights._replace(kept=statistics.kept), of_sums), _total(weights)
+        if constants is not None:
+            gradients = add_constants(block, *constants, gradients)
+        if through:
+            return gradients_through_norms(gradients, x, y, dtype, factors), dbias
+        return Gradients(gradients.dx.to(dtype), gradients.dy.to(dtype), gradients.dscale), dbias
 
 
 def _weights(
@@ -141,37 +153,6 @@ def _weights(
     return weights, (row_constant, col_constant), dbias
 
 
-def finished(
-    backend: ModuleType,
-    block: Block,
-    weights: Weights,
-    constants: tuple[Tensor, Tensor] | None,  # [n], [m]
-    x: Tensor,  # [n, d]
-    y: Tensor,  # [m, d]
-    options: Options,
-) -> Gradients:
-    """The block's gradients by x and y, in their dtype."""
-    gradients: Gradients = backend.backward(block, weights, _dtype_of_sums(block, x, constants, options))
-    if constants is not None:
-        gradients = add_constants(block, *constants, gradients)
-    return _through(gradients, block, x, y, options)
-
-
-def _dtype_of_sums(block: Block, x: Tensor, constants: tuple[Tensor, Tensor] | None, options: Options) -> torch.dtype:
-    """The dtype in which a backend gives dx and dy: not rounded yet where something is to become of them."""
-    through = options.normalize and block.x_factor is None
-    return accumulation_dtype(x.dtype) if through or constants is not None else x.dtype
-
-
-def _through(gradients: Gradients, block: Block, x: Tensor, y: Tensor, options: Options) -> Gradients:
-    """By x and y as they came in, in their dtype."""
-    if options.normalize and block.x_factor is None:
-        return gradients_through_norms(gradients, x, y, x.dtype)
-    if gradients.dx.dtype == x.dtype:
-        return gradients
-    return Gradients(gradients.dx.to(x.dtype), gradients.dy.to(y.dtype), gradients.dscale)
-
-
 def make_block(
     backend: ModuleType,
     x: Tensor,  # [n, d]
@@ -181,11 +162,12 @@ def make_block(
     image_ids: Tensor | None,  # [n], int32
     text_ids: Tensor | None,  # [m], int32
     options: Options,
+    factors: Factors | None = None,
     keep: bool = False,
 ) -> Block:
     sums_of_features = options.label_smoothing or (image_ids is not None and options.same_id == POSITIVE)
     fold = backend.folds_norms(x.dtype) and not sums_of_features
-    x, y, x_factor, y_factor = operands(x, y, options.normalize, fold)
+    x, y, x_factor, y_factor = operands(x, y, options.normalize, fold, factors)
     return Block(x, y, scale, bias, 0, x_factor, y_factor, image_ids, text_ids, options.same_id, keep)
 
 

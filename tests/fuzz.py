@@ -24,7 +24,7 @@ from torch import Tensor
 
 import clipfast
 from clipfast import reference
-from clipfast.functional import METRIC_KS
+from clipfast.calls import METRIC_KS
 from clipfast.problem import HALF_DTYPES, accumulation_dtype
 
 SECONDS = 120  # for one case, before it counts as hanging

@@ -156,8 +156,9 @@ def contrastive(
         b,
         shard.get("image_ids"),
         shard.get("text_ids"),
-        Options(**DEFAULTS | options),
+        Options(**DEFAULTS | {name: value for name, value in options.items() if name != "keep_bytes"}),
         GroupOptions(group, grad_reduction, scheme, equal_shards),
+        options.get("keep_bytes", 0),
     )
     gradient = torch.as_tensor(upstream[rank] if upstream else 1.0, dtype=loss.dtype).expand(loss.shape)
     gradients = torch.autograd.grad(loss, (x, y, s, b), gradient, retain_graph=True)

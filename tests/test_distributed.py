@@ -68,6 +68,33 @@ def test_repeats_bitwise(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("options", ["plain", "normalize, smoothing", "ignore", "positive, smoothing", "metrics"])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_kept_logits_change_no_bit(ranks: Ranks, backend: str, options: str, scheme: str) -> None:
+    """Of unequal shards, and where one rank's fit what others' do not."""
+    problem = Problem(1, 1, 1, torch.float32, torch.device("cpu"))
+    if reasons := dispatch.get(backend).unsupported_reasons(problem):
+        pytest.skip("; ".join(reasons))
+    batch = Batch([(5, 8), (0, 0), (12, 12), (7, 9)], 16, torch.float32, ids="same_id" in OPTIONS[options])
+    some = dispatch.kept_bytes(backend, 7, 29, torch.float32)  # enough for the last rank's
+    kept = [
+        ranks.run(
+            contrastive,
+            batch.shards,
+            14.3,
+            0.0,
+            OPTIONS[options] | {"backend": backend, "keep_bytes": count},
+            (),
+            scheme,
+        )
+        for count in (0, 1 << 20, some)
+    ]
+    for others in kept[1:]:
+        for a, b in zip(kept[0], others, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("options", ["plain", "none", "normalize, smoothing"])
 def test_every_rank_has_an_upstream_gradient_of_its_own(ranks: Ranks, options: str, scheme: str) -> None:
     sizes = [(5, 5), (9, 9), (2, 2)]

@@ -20,6 +20,7 @@ from clipfast.predictions import Asked, bytes_sent
 POSITIVE = {"same_id": "positive", "label_smoothing": 0.1}
 COSTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "plain": ("contrastive_loss", {}, {}),
+    "nothing kept": ("contrastive_loss", {"keep_bytes": 0}, {}),
     "ignore": ("contrastive_loss", {"same_id": "ignore"}, {"ids": True}),
     "positive, smoothing": ("contrastive_loss", POSITIVE, {"ids": True, "positives": True, "smoothing": True}),
     "metrics, none": (
@@ -28,7 +29,7 @@ COSTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "siglip": ("siglip_loss", {"same_id": "ignore"}, {"loss": "siglip", "ids": True}),
     "distillation": ("distillation_loss", {}, {"loss": "distillation"}),
 }  # fmt: skip
-PRODUCTS = {"contrastive": 4, "siglip": 3, "distillation": 6}
+PRODUCTS = {"contrastive": 3, "siglip": 3, "distillation": 6}
 D = 8
 
 
@@ -48,7 +49,7 @@ def test_bytes_sent_and_products(ranks: Ranks, case: str, scheme: str) -> None:
                 scheme, collectives.Ranks(None, rank, 4), Shards(images, texts, True, True), D, torch.bfloat16
             )
             assert bytes_sent(job, D, torch.bfloat16, asked) == (forward, backward)
-            assert products == PRODUCTS[asked.loss] * images[rank] * batch.m * D
+            assert products == (PRODUCTS[asked.loss] + (case == "nothing kept")) * images[rank] * batch.m * D
     if not asked.mean:
         return
     batch = Batch([(3, 5)] * 4, D, torch.bfloat16, ids=asked.ids)
@@ -67,7 +68,8 @@ def test_saved_bytes_of_the_ring_are_flat(ranks: Ranks) -> None:
         batch = Batch([(32, 40)] * count, 16, torch.float32)
         for scheme in SCHEMES:
             results = ranks.run(
-                cost, "contrastive_loss", batch.shards, {"normalize": True}, scheme, True, ranks=range(count)
+                *(cost, "contrastive_loss", batch.shards, {"normalize": True, "keep_bytes": 0}, scheme, True),
+                ranks=range(count),
             )
             assert len({result[3] for result in results}) == 1
             saved[scheme, count] = results[0][3]
@@ -87,6 +89,7 @@ def test_memory_is_bounded(ranks: Ranks, seed: int) -> None:
         options["same_id"] = draw.choice(("ignore", "positive"))
     if loss == "contrastive":
         options |= {"label_smoothing": draw.choice((0.0, 0.1)), "return_metrics": draw.random() < 0.3}
+        options |= {"keep_bytes": (0, 1 << 20)[seed // 2 % 2]}
     n, d, dtype = draw.choice((50, 200)), draw.choice((64, 256)), draw.choice((torch.float32, torch.bfloat16))
     m, scheme = n + draw.choice((0, 30)), SCHEMES[seed % 2]
     batch = Batch([(n, m)] * 3, d, dtype, ids=ids)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import clipfast
 from clipfast import operators, reference
-from clipfast.functional import METRIC_KS
+from clipfast.calls import METRIC_KS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("loss", "dx", "dy", "dscale", "dbias")

@@ -59,5 +59,8 @@ Blocks merge: logaddexp over logsumexps, sum over positives, counts, losses and 
 crosses the mean weighted by exp(t_lse).
 
 A backend may hold `symmetric_cross_entropy` and `symmetric_gradients` in place of what is in
-clipfast/cross_entropy.py, where one call is to take the place of many small ones.
+clipfast/cross_entropy.py, where one call is to take the place of many small ones; and
+
+    project(features, weight, bias or None) -> rows features weight + bias [n, d] in the features' dtype, and what makes
+                                               the length of each 1, [n] (clipfast/projected.py)
 """

@@ -22,6 +22,7 @@ from clipfast.problem import (
     round_statistics,
     statistics_dtype,
 )
+from clipfast.products import returns_sums, summed
 
 NAME = "torch"
 
@@ -59,8 +60,14 @@ def workspace_bytes(problem: Problem) -> int:
     return rows * problem.m * (copies * itemsize + masks) + operands + gradients + 24 * (problem.n + problem.m)
 
 
+def kept_size(n: int, m: int) -> int:
+    """How many numbers of the accumulation dtype the kept logits of an [n, m] block take."""
+    return n * m
+
+
 def forward(block: Block, matches: Matches | None = None) -> Statistics:
     block = _with_operands(block)
+    space = _Space(block, block.scale.new_empty(kept_size(block.n, block.m)) if block.keep else None)
     statistics = statistics_dtype(block.x.device)
     row_lse = block.scale.new_empty(block.n, dtype=statistics)
     positive = block.scale.new_zeros(block.n, dtype=statistics)
@@ -69,7 +76,7 @@ def forward(block: Block, matches: Matches | None = None) -> Statistics:
     col_sum = block.scale.new_zeros(block.m)
     row_above, col_above = (block.x.new_zeros(size, dtype=torch.int32) for size in (block.n, block.m))
     for part, rows in _chunks(block):
-        logits, same = _logits(rows), _same(rows)
+        logits, same, other = space.logits(part, rows), _same(rows), space.second[: rows.n]
         own, diagonal = _positives(logits, rows.diag_offset)
         positive[part][own] = diagonal.to(statistics)
         if matches is not None:
@@ -78,14 +85,15 @@ def forward(block: Block, matches: Matches | None = None) -> Statistics:
         if same is not None and block.ignores:
             logits.masked_fill_(same, -torch.inf)
         row_shift = _finite(logits.amax(dim=1))
-        row_sum = torch.sub(logits, row_shift[:, None]).exp_().sum(dim=1)
+        row_sum = torch.sub(logits, row_shift[:, None], out=other).exp_().sum(dim=1)
         row_lse[part] = row_shift.to(statistics) + row_sum.to(statistics).log()
         shift = torch.maximum(col_shift, _finite(logits.amax(dim=0)))
-        col_sum = col_sum * (col_shift - shift).exp_() + logits.sub_(shift).exp_().sum(dim=0)
+        col_sum = col_sum * (col_shift - shift).exp_() + torch.sub(logits, shift, out=other).exp_().sum(dim=0)
         col_shift = shift
     col_lse = col_shift.to(statistics) + col_sum.to(statistics).log()
-    above = (None, None) if matches is None else (row_above, col_above)
-    return Statistics(row_lse, col_lse, positive, *above)
+    if matches is None:
+        return Statistics(row_lse, col_lse, positive, kept=space.kept)
+    return Statistics(row_lse, col_lse, positive, row_above, col_above, space.kept)
 
 
 def matches(block: Block) -> Matches:
@@ -107,6 +115,7 @@ def matches(block: Block) -> Matches:
 
 def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
     block, accumulator = _with_operands(block), block.scale.dtype
+    space = _Space(block, weights.kept)
     # G is kept near 1 by taking its largest weight out: in half precision P/n would underflow (design: float16).
     unit = _largest(
         accumulator,
@@ -124,20 +133,20 @@ def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
     )
     sums = _GradientSums(block, dtype, unit)
     for part, rows in _chunks(block):
-        logits, same = _logits(rows), _same(rows)
-        g = _exponentials(logits, row_lse[part, None], row_weight[part, None])
-        g += logits.sub_(col_lse).exp_().mul_(col_weight)
-        del logits
+        logits, same = space.taken_up(part, rows), _same(rows)
+        other, g = space.first[: rows.n], space.second[: rows.n]
+        torch.sub(logits, row_lse[part, None], out=g).exp_().mul_(row_weight[part, None])
+        g.addcmul_(torch.sub(logits, col_lse, out=other).exp_(), col_weight)
         if same is not None and block.ignores:
             g.masked_fill_(same, 0)
         elif same is not None and row_target is not None and col_target is not None:
-            target = row_target[part, None] + col_target
-            g += target.masked_fill_(same.logical_not_(), 0)
-            del target
+            torch.add(row_target[part, None], col_target, out=other)
+            g += other.masked_fill_(same.logical_not_(), 0)
         own, diagonal = _positives(g, rows.diag_offset)
         diagonal.copy_(positive_weight[part][own])
-        sums.add(part, rows, g)
-        del g, same, diagonal  # or the next two chunks would stand beside one of these
+        sums.add(part, g)
+        del same  # or the next chunk's would stand beside it
+    del space, logits, other, g, diagonal  # before dy is rounded
     return sums.gradients()
 
 
@@ -165,7 +174,7 @@ def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> S
         if sign is not None:
             g.mul_(sign)
         dbias += g.sum()
-        sums.add(part, rows, g.div_(in_unit))
+        sums.add(part, g.div_(in_unit))
         del logits, same, sign, g  # as in backward
     if sums is None:
         return SigmoidPass(row_loss, None, None)
@@ -195,7 +204,7 @@ def distillation(
         by_teacher = of_teacher.sub_(t_col_lse).exp_().mul_(t_col_weight)
         col_cross += (by_teacher * logits).sum(dim=0)
         if sums is not None:
-            sums.add(part, rows, g.sub_(by_teacher).add_(logits.sub_(col_lse).exp_().mul_(col_weight)))
+            sums.add(part, g.sub_(by_teacher).add_(logits.sub_(col_lse).exp_().mul_(col_weight)))
             del g
         del logits, of_teacher, by_teacher
     row_cross, col_cross = (
@@ -225,16 +234,39 @@ class _GradientSums:
         self.dy = block.scale.new_zeros(block.y.shape)
         self.row_dot = block.scale.new_empty(block.n)
 
-    def add(self, part: slice, rows: Block, g: Tensor) -> None:  # [rows, m]
-        g = g.to(rows.y.dtype)
-        g_y = _product(g, rows.y)
-        self.row_dot[part] = (g_y * rows.x).sum(dim=1)
-        self.dx[part] = g_y.mul_(self.block.scale * self.unit)
-        _accumulate_product(self.dy, g.T, rows.x)
+    def add(self, part: slice, g: Tensor) -> None:  # [rows, m]
+        x, y, scale = self.block.x[part], self.block.y, self.block.scale
+        g = g.to(y.dtype)
+        g_y = summed(g, y)
+        self.row_dot[part] = (g_y * x).sum(dim=1)
+        self.dx[part] = g_y.mul_(scale * self.unit)
+        del g_y
+        if y.dtype == self.dy.dtype:
+            self.dy.addmm_(g.T, x.to(y.dtype))
+        else:
+            self.dy += summed(g.T, x)
 
     def gradients(self) -> Gradients:
         dy = self.dy.mul_(self.block.scale * self.unit).to(self.dtype)
         return Gradients(self.dx, dy, self.row_dot.sum() * self.unit)
+
+
+class _Space:
+    """Memory for a chunk's logits and for what is made of them, which all chunks share; kept logits have their own."""
+
+    def __init__(self, block: Block, kept: Tensor | None) -> None:
+        self.kept, self.all = kept, None if kept is None else kept.view(block.n, block.m)
+        shape = min(block.n, _chunk_rows(block.m, block.scale.dtype.itemsize)), block.m
+        # Where the logits are being kept, the first is theirs.
+        self.first, self.second = block.scale.new_empty(0 if block.keep else shape), block.scale.new_empty(shape)
+
+    def logits(self, part: slice, rows: Block) -> Tensor:  # [rows, m]
+        """The logits of these rows, to be kept if any are."""
+        return _logits(rows, self.first[: rows.n] if self.all is None else self.all[part])
+
+    def taken_up(self, part: slice, rows: Block) -> Tensor:  # [rows, m]
+        """The logits of these rows, which may have been kept."""
+        return self.logits(part, rows) if self.all is None else self.all[part]
 
 
 def _with_operands(block: Block) -> Block:
@@ -243,16 +275,17 @@ def _with_operands(block: Block) -> Block:
 
 
 def _chunks(block: Block) -> Iterator[tuple[slice, Block]]:
-    """Rows, and the block of them with x as the products take it."""
+    """Rows, and the block of them."""
     step = _chunk_rows(block.m, block.scale.dtype.itemsize)
     for begin in range(0, block.n, step):
         part = slice(begin, min(begin + step, block.n))
-        rows = block.rows(part)
-        yield part, replace(rows, x=rows.x.to(block.y.dtype))
+        yield part, block.rows(part)
 
 
-def _logits(rows: Block) -> Tensor:  # [rows, m]
-    return _product(rows.x.to(rows.y.dtype), rows.y.T).mul_(rows.scale).add_(rows.bias)
+def _logits(rows: Block, out: Tensor | None = None) -> Tensor:  # [rows, m]
+    x = rows.x.to(rows.y.dtype)
+    product = torch.mm(x, rows.y.T, out=out) if x.dtype == rows.scale.dtype else summed(x, rows.y.T)
+    return torch.mul(product, rows.scale, out=product if out is None else out).add_(rows.bias)
 
 
 def _same(rows: Block) -> Tensor | None:  # [rows, m]
@@ -293,23 +326,8 @@ def _exponentials(logits: Tensor, lse: Tensor, weight: Tensor) -> Tensor:
 
 
 def _operand_dtype(inputs: Tensor | Problem) -> torch.dtype:
-    """The dtype handed to the matrix product: half as it is where a product of halves can return float32."""
-    return inputs.dtype if inputs.device.type == "cuda" else accumulation_dtype(inputs.dtype)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A @ b, accumulated and returned in the accumulation dtype."""
-    if a.dtype in HALF_DTYPES:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
-
-
-def _accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to total."""
-    if a.dtype in HALF_DTYPES:
-        total += _product(a, b)
-    else:
-        total.addmm_(a, b)
+    """Of the logits' product: half as it is where a product of halves can return float32."""
+    return inputs.dtype if returns_sums(inputs.device) else accumulation_dtype(inputs.dtype)
 
 
 def _finite(shift: Tensor) -> Tensor:

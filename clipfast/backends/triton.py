@@ -12,6 +12,7 @@ import os
 from importlib import metadata
 
 import torch
+from torch import Tensor
 
 from clipfast import tuning
 from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidPass, Statistics, Weights
@@ -100,6 +101,12 @@ def matches(block: Block) -> Matches:
     from clipfast.kernels import launch
 
     return launch.matches(block)
+
+
+def project(features: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:  # [n, d], [n]
+    from clipfast.kernels import projection
+
+    return projection.project(features, weight, bias)
 
 
 def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> SigmoidPass:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,14 +30,19 @@ def contrastive_loss(
     text_ids: Tensor | None,  # [m], int64
     options: Options,
     group_options: GroupOptions,
+    keep_bytes: int = 0,  # of this rank's logits may stay between the passes, where all fit
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss as `Options.chosen` says, of the rank's own rows with reduction "none"; row_above [n], col_above [m].
 
     Raises:
         ValueError: the ranks disagree; the same on every rank.
     """
-    alike = {**options._asdict(), "image_ids": "None" if image_ids is None else "given"}
+    alike = {name: value for name, value in options._asdict().items() if name != "keep"}
+    alike |= {"image_ids": "None" if image_ids is None else "given"}
     job = agreed("contrastive_loss", x, y, (scale, bias), alike, group_options)
+    visited = (sum(job.shards.texts),) if job.scheme.holds_all else job.shards.texts
+    keep = job.wants_gradients and dispatch.keeps_logits(options.backend, len(x), visited, x.dtype, keep_bytes) > 0
+    options = options._replace(keep=keep)
     inputs = x, y, scale, bias, image_ids, text_ids
     return _ContrastiveLoss.apply(*inputs, job.anchor(scale), options, job)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -51,7 +57,7 @@ class _Counts(NamedTuple):
 
 
 class _ContrastiveLoss(torch.autograd.Function):
-    """Saved are x, y, vectors over the rank's own rows, and what the scheme holds of all texts."""
+    """Saved are x, y, vectors over the rank's own rows, what the scheme holds of all texts, and logits if few."""
 
     @staticmethod
     def forward(
@@ -69,13 +75,14 @@ class _ContrastiveLoss(torch.autograd.Function):
         with without_autocast(x.device):
             images = Images(rows_of(x, options.normalize), scale, bias, image_ids, options.same_id)
             held = job.spread(rows_of(y, options.normalize), text_ids)
-            statistics, sums = _statistics(images, held, options, job)
+            statistics, sums, kept = _statistics(images, held, options, job)
             loss = _loss(statistics, sums, _adds_positives(images), options, job).to(scale.dtype)
         vectors = [*statistics[:3]]
         if sums is not None:
             vectors += [count for side in sums for count in (side.same_count, side.all_count)]
-        ctx.save_for_backward(x, y, scale, bias, image_ids, text_ids, *vectors, *(held if job.scheme.holds_all else ()))
-        ctx.vectors, ctx.options, ctx.job = len(vectors), options, job
+        held = held if job.scheme.holds_all else []
+        ctx.save_for_backward(x, y, scale, bias, image_ids, text_ids, *vectors, *held, *kept)
+        ctx.vectors, ctx.held, ctx.options, ctx.job = len(vectors), len(held), options, job
         above = statistics.row_above, statistics.col_above
         ctx.mark_non_differentiable(*(t for t in above if t is not None))
         return loss, *above
@@ -85,13 +92,14 @@ class _ContrastiveLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, y, scale, bias, image_ids, text_ids, *saved = ctx.saved_tensors
         options, job = ctx.options, ctx.job
-        vectors, held = saved[: ctx.vectors], saved[ctx.vectors :]
+        vectors, saved = saved[: ctx.vectors], saved[ctx.vectors :]
+        held, kept = saved[: ctx.held], saved[ctx.held :]
         statistics, counts = Statistics(*vectors[:3]), _Counts(*vectors[3:]) if vectors[3:] else None
         with without_autocast(x.device):
             images = Images(rows_of(x, options.normalize), scale, bias, image_ids, options.same_id)
             held = held or job.spread(rows_of(y, options.normalize), text_ids)
             weights, constants, dbias = _weights(statistics, counts, _adds_positives(images), gradient, options, job)
-            dx, dy, dscale = _gradients(dispatch.get(options.backend), images, held, weights, constants, job)
+            dx, dy, dscale = _gradients(dispatch.get(options.backend), images, held, weights, constants, kept, job)
             dscale, dbias = job.ranks.sum(torch.stack((dscale, dbias))) / job.ranks.count
             dx = by_features(dx, x, options.normalize, x.dtype)
             dy = None if dy is None else by_features(dy, y, options.normalize, y.dtype)
@@ -104,8 +112,8 @@ def _adds_positives(images: Images) -> bool:
 
 def _statistics(
     images: Images, held: list[Tensor], options: Options, job: Job
-) -> tuple[Statistics, tuple[Sums, Sums] | None]:
-    """Those of one process with all ranks' rows, for this rank's images and texts."""
+) -> tuple[Statistics, tuple[Sums, Sums] | None, list[Tensor]]:
+    """Those of one process with all ranks' rows, for this rank's images and texts; and the logits of its visits."""
     backend, metrics, row_matches = dispatch.get(options.backend), options.metrics, images.vector(-torch.inf)
     needs_sums = _adds_positives(images) or options.label_smoothing > 0
     if metrics:
@@ -114,6 +122,7 @@ def _statistics(
     row_lse = images.vector(-torch.inf)
     width = 1 + metrics + len(Sums._fields) * needs_sums
     totals = row_lse.new_zeros((len(row_lse), width))  # positive, above, sums
+    kept = list[Tensor]()
 
     def visit(offset: int, texts: Sequence[Tensor]) -> Tensor:  # [m', width]: col_lse, above, sums
         block = images.block(offset, texts)
@@ -121,7 +130,9 @@ def _statistics(
             nothing = row_lse.new_zeros((len(texts[0]), width))
             nothing[:, 0] = -torch.inf
             return nothing
+        block = replace(block, keep=options.keep)
         found: Statistics = backend.forward(block, Matches(row_matches, texts[-1]) if metrics else None)
+        kept.extend(t for t in (found.kept,) if t is not None)
         of_rows, of_cols = [found.positive], [found.col_lse]
         if found.row_above is not None and found.col_above is not None:
             of_rows.append(found.row_above.to(totals.dtype))
@@ -139,7 +150,7 @@ def _statistics(
     above = (of_rows[1].int(), of_cols[1].int()) if metrics else (None, None)
     statistics = Statistics(row_lse, of_cols[0], of_rows[0], *above)
     sums = tuple(Sums(*t[-len(Sums._fields) :]) for t in (of_rows, of_cols)) if needs_sums else None
-    return statistics, sums  # type: ignore[return-value]
+    return statistics, sums, kept  # type: ignore[return-value]
 
 
 def all_matches(
@@ -219,6 +230,7 @@ def _gradients(
     held: list[Tensor],
     weights: Weights,
     constants: tuple[Tensor, Tensor] | None,
+    kept: Sequence[Tensor],  # of each visit that has pairs, in their order; or none
     job: Job,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """By the images [n, d], by this rank's texts [m, d] if any rank wants that, and this rank's part of dscale []."""
@@ -228,6 +240,7 @@ def _gradients(
     of_cols += [] if weights.col_target is None else [weights.col_target]
     of_cols += [] if constants is None else [constants[1]]
     held = [*held, *job.spread(torch.stack(of_cols, dim=1))]
+    logits = iter(kept)
 
     def visit(offset: int, texts: Sequence[Tensor]) -> Tensor | None:  # [m', d]
         block = images.block(offset, texts)
@@ -235,7 +248,9 @@ def _gradients(
             return sums.nothing(texts[0])
         col_lse, col_weight, *others = texts[-1].T.contiguous()
         col_target = others[0] if weights.row_target is not None else None
-        of_block = weights._replace(col_lse=col_lse, col_weight=col_weight, col_target=col_target)
+        of_block = weights._replace(
+            col_lse=col_lse, col_weight=col_weight, col_target=col_target, kept=next(logits, None)
+        )
         gradients: Gradients = backend.backward(block, of_block, images.dtype)
         if constants is not None:
             gradients = add_constants(block, constants[0], others[-1], gradients)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from clipfast.functional import contrastive_loss
 from clipfast.models.image import ResNet, VisionTransformer
 from clipfast.models.text import CBOW, TextTransformer
 from clipfast.modules import ProjectionHead
@@ -34,10 +33,8 @@ class Head(ProjectionHead):
         projected = image_features @ self.w_i
         return l2_normalize(projected if self.b_i is None else projected + self.b_i)
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """The contrastive loss, 0-D, of image features [n, image_dim] and text features [m, text_dim], m >= n."""
-        image_embeddings, text_embeddings = self.encode_image(image_features), self.encode_text(text_features)
-        return contrastive_loss(image_embeddings, text_embeddings, self.logit_scale.exp())
+    def forward(self, image_features: Tensor, text_features: Tensor, **options: Any) -> Tensor:
+        return super().forward(image_features, text_features, b_i=self.b_i, **options)
 
 
 class CLIP(nn.Module):
@@ -67,6 +64,14 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:  # [b, s] -> [b, d]
         """Normalized embeddings of texts."""
         return self.head.encode_text(self.text_encoder(tokens))
+
+    def loss(self, images: Tensor, tokens: Tensor, **options: Any) -> Tensor:
+        """The contrastive loss, 0-D, of images [n, 3, h, w] and tokens [m, s], from the encoders' outputs on in one
+        operation: what `clipfast.ContrastiveLoss(**options)` makes of `forward`, without the embeddings in memory.
+
+        Under DistributedDataParallel or fully_shard it is `forward` that must be called.
+        """
+        return self.head(self.image_encoder(images), self.text_encoder(tokens), **options)  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """The loss's arguments: image_features [b, d], text_features [b, d], logit_scale exp(t), 0-D."""
