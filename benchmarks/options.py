@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import clipfast
 from benchmarks import environment, run
-from benchmarks.baselines import Loss
+from benchmarks.baselines import Loss, open_clip_formula
 from benchmarks.cases import Case, inputs
 
 BATCH_SIZE, WIDTH, ROUNDS = 4096, 512, 15
@@ -42,6 +43,18 @@ def losses(n: int) -> dict[str, Loss]:
     def distillation(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
         return clipfast.distillation_loss(x, y, s, *teacher, backend=BACKEND)
 
+    # In front of the loss, the head: x and y stand for the encoders' outputs.
+    w_i, w_t = (torch.nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5) for _ in range(2))
+
+    def projected(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return clipfast.projected_contrastive_loss(x, y, w_i, w_t, s, backend=BACKEND)
+
+    def layers(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return plain(normalize(x @ w_i, dim=1), normalize(y @ w_t, dim=1), s)
+
+    def dense_layers(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return open_clip_formula(normalize(x @ w_i, dim=1), normalize(y @ w_t, dim=1), s)
+
     return {
         PLAIN: plain,
         'image_ids, same_id="ignore"': functools.partial(plain, image_ids=ids, same_id="ignore"),
@@ -50,7 +63,23 @@ def losses(n: int) -> dict[str, Loss]:
         "label_smoothing=0.1": functools.partial(plain, label_smoothing=0.1),
         "siglip_loss": siglip,
         "distillation_loss": distillation,
+        "projected_contrastive_loss": projected,
+        "contrastive_loss of normalize(x @ w)": layers,
+        "open_clip's formula of normalize(x @ w)": dense_layers,
     }
+
+
+def saved_bytes(loss: Loss, *tensors: Tensor) -> int:
+    """What autograd keeps for the backward pass, the inputs not counted."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(*tensors)
+    return sum(count for address, count in storages.items() if address not in {t.data_ptr() for t in tensors})
 
 
 def measure(n: int = BATCH_SIZE, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -59,8 +88,10 @@ def measure(n: int = BATCH_SIZE, rounds: int = ROUNDS) -> dict[str, Any]:
     timed = losses(n)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     gemms: list[float] = []
-    for loss in timed.values():  # warm-up
+    saved = {}
+    for name, loss in timed.items():  # warm-up
         run.once(loss, *next(sets), "cpu")
+        saved[name] = saved_bytes(loss, *next(sets))
     run.gemm(*next(sets), "cpu")
     names = list(timed)
     for turn in range(rounds):
@@ -72,7 +103,13 @@ def measure(n: int = BATCH_SIZE, rounds: int = ROUNDS) -> dict[str, Any]:
     for name, values in seconds.items():
         total = run.spread(values)
         rows.append(
-            {"loss": name, "total": total, "products": total["median"] / unit, "ratio": total["median"] / plain}
+            {
+                "loss": name,
+                "total": total,
+                "products": total["median"] / unit,
+                "ratio": total["median"] / plain,
+                "saved_bytes": saved[name],
+            }
         )
         print(rows[-1], file=sys.stderr)
     sizes = {"backend": BACKEND, "n": n, "d": WIDTH, "rounds": rounds}
@@ -81,13 +118,16 @@ def measure(n: int = BATCH_SIZE, rounds: int = ROUNDS) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table, with what was computed, device, date and command."""
-    lines = ["| | ms | P | of the plain loss |", "|---|---:|---:|---:|"]
+    counts = "saved_bytes" in result["rows"][0]
+    counted = "Saved is what waits for the backward pass, the inputs not counted. " if counts else ""
+    lines = ["| | ms | P | of the plain loss |" + " MiB saved |" * counts, "|---|---:|---:|---:|" + "---:|" * counts]
     for row in result["rows"]:
         milliseconds = 1e3 * row["total"]["median"]
-        lines.append(f"| `{row['loss']}` | {milliseconds:,.1f} | {row['products']:.1f} | {row['ratio']:.2f} |")
+        saved = f" {row['saved_bytes'] / 2**20:,.1f} |" if counts else ""
+        lines.append(f"| `{row['loss']}` | {milliseconds:,.1f} | {row['products']:.1f} | {row['ratio']:.2f} |{saved}")
     note = (
         f"float32, n = {result['n']}, d = {result['d']}, forward and backward; medians of {result['rounds']} "
-        f"interleaved rounds. Backend `{result['backend']}`; {environment.credit(result)}."
+        f"interleaved rounds. {counted}Backend `{result['backend']}`; {environment.credit(result)}."
     )
     return "\n".join([*lines, "", note])
 

@@ -59,7 +59,7 @@ def open_clip_formula(x: Tensor, y: Tensor, s: float, local: bool) -> Tensor:
 
 
 def clipfast_loss(x: Tensor, y: Tensor, s: float, scheme: str) -> Tensor:
-    # One rank would keep its logits, which several cannot.
+    # Every number of ranks does as much, for no rank keeps its logits.
     return clipfast.contrastive_loss(x, y, s, group=dist.group.WORLD, scheme=scheme, keep_bytes=0)
 
 
@@ -91,10 +91,8 @@ class Counter:
         ]
         for backend in dispatch.BACKENDS:
             counts.append((backend, "forward", lambda block, *_: self._multiply(block, 1)))
-            # Both take Weights or Statistics, with the kept logits if there are any.
             names = [name for name in ("backward", "symmetric_gradients") if hasattr(backend, name)]
-            gradients = lambda block, of, *_: self._multiply(block, 3 - (of.kept is not None))  # noqa: E731
-            counts += [(backend, name, gradients) for name in names]
+            counts += [(backend, name, self._multiply_gradients) for name in names]
             counts.append((backend, "sigmoid", lambda block, *_: self._multiply(block, 3)))
             counts.append((backend, "distillation", lambda block, *_: self._multiply(block, 4)))
         for owner, name, count in counts:
@@ -120,6 +118,10 @@ class Counter:
 
     def _pass_on(self, operations: list[Any]) -> None:
         self._send(sum(o.tensor.numel() * o.tensor.itemsize for o in operations if o.op is dist.isend))
+
+    def _multiply_gradients(self, block: Any, of: Any, *_: Any) -> None:
+        """`of` are Weights or Statistics, with the kept logits if there are any."""
+        self._multiply(block, 3 - (of.kept is not None))
 
     def _multiply(self, block: Any, products: int) -> None:
         self.products += products * block.n * block.m * block.d
