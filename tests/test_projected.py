@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from oracle import error
+from ranks import Failed, Ranks
 from torch import Tensor
+from training_ranks import projected as of_a_rank
 
 import clipfast
 from clipfast import operators, projected, reference
@@ -128,6 +130,20 @@ def test_repeats_bitwise_and_with_a_kept_graph(backend: str) -> None:
     results = [torch.autograd.grad(loss, leaves[:4], retain_graph=True) for loss in (losses[0], *losses)]
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_over_ranks(ranks: Ranks) -> None:
+    """The matrices' gradients are sums over ranks, which the wrapper of a model takes."""
+    images, texts, *others = operands(11, 11, torch.float64)
+    leaves = [(images[part], texts[part], *others) for part in (slice(0, 4), slice(4, 11))]
+    whole = (images, texts, *others)
+    loss = clipfast.projected_contrastive_loss(*whole[:4], others[2].exp(), label_smoothing=0.1)
+    expected = computed(loss, whole)
+    first, second = ranks.run(of_a_rank, [tuple(t.detach() for t in of_rank) for of_rank in leaves], ranks=range(2))
+    assert not isinstance(first, Failed), first
+    got = (first[0], *(torch.cat((first[i], second[i])) for i in (1, 2)), *(first[i] + second[i] for i in (3, 4, 5)))
+    for a, b in zip(got, expected, strict=True):
+        assert error(a, b) <= 1e-12
 
 
 def test_rows_without_length_and_without_number(backend: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -158,3 +158,11 @@ def accumulated(
         loss(**wrapped(images[0][rank], texts[0][rank])).backward()
     loss(**wrapped(images[1][rank], texts[1][rank])).backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+def projected(rank: int, group: Any, leaves: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """The loss over the group of this rank's features, both matrices and t; and this rank's gradients."""
+    own = [t.detach().requires_grad_() for t in leaves[rank]]
+    options: dict[str, Any] = {"group": group, "grad_reduction": "sum", "label_smoothing": 0.1}
+    loss = clipfast.projected_contrastive_loss(*own[:4], own[4].exp(), **options)
+    return loss.detach(), *torch.autograd.grad(loss, own)
