@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks import tune
@@ -40,11 +42,22 @@ def test_choices_explain_themselves() -> None:
     assert "bytes of shared memory" in tuning.reason_against(wide, device, 2, 512, aligned_rows=True)
 
 
+def test_two_programs_per_multiprocessor_must_fit() -> None:
+    device = DEVICES["sm_90"]
+    fits = Config("statistics", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2)
+    assert tuning.reason_against(fits, device, 2, 512, aligned_rows=True) == ""
+    for change, reason in (
+        ({"num_stages": 4}, "needs 263168 bytes of shared memory for 2 programs"),
+        ({"block_n": 256, "block_d": 32}, "the tiles of 2 programs do not fit the 262144 bytes of registers"),
+    ):
+        assert reason in tuning.reason_against(replace(fits, **change), device, 2, 512, aligned_rows=True)
+
+
 @pytest.mark.parametrize(("n", "m"), SIZES)
 def test_program_grid_fits_the_device(n: int, m: int) -> None:
     config = tuning.choose("statistics", DEVICES["sm_90"], 2, 512).config
     programs_m, programs_n = tuning.program_grid(n, m, config, 132)
-    assert 1 <= programs_m * programs_n <= 132
+    assert 1 <= programs_m * programs_n <= 132 * config.per_processor
     assert programs_m <= -(-n // config.block_m)
     assert programs_n <= -(-m // config.block_n)
 

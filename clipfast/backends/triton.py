@@ -69,7 +69,7 @@ def _statistics_bytes(problem: Problem, kernel: str) -> int:
     n, m, device = problem.n, problem.m, tuning.describe(problem.device)
     config = tuning.choose(kernel, device, _operand_bytes(problem), problem.d).config
     programs_m, programs_n = tuning.program_grid(n, m, config, device.processors)
-    return 4 * (2 * programs_n * n + 4 * programs_m * m + n + programs_m * programs_n * config.tile_scratch)
+    return 4 * (4 * programs_n * n + 4 * programs_m * m + n + programs_m * programs_n * config.tile_scratch)
 
 
 def _chunk_bytes(problem: Problem, kernel: str) -> int:

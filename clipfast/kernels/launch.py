@@ -34,7 +34,7 @@ def forward(
     operands = Operands.of(x, block.y, precision)
     config = config or operands.choose("statistics" if matches is None and not block.ignores else "ranks")
     programs_m, programs_n = _grid(block, config)
-    row_partial = x.new_empty((2, programs_n, n), dtype=torch.float32)
+    row_partial = x.new_empty((2, programs_n, 2, n), dtype=torch.float32)
     col_partial = x.new_empty((2, programs_m, 2, m), dtype=torch.float32)
     scratch = x.new_empty((programs_m * programs_n, config.tile_scratch), dtype=torch.float32)
     positive_z = x.new_empty(n, dtype=torch.float32)
@@ -56,6 +56,7 @@ def forward(
             USE_TMA=config.tma,
             HAS_FACTORS=block.x_factor is not None,
             IGNORES=block.ignores,
+            ROW_WARPS=config.row_warps,
         )
         merge_kernel[(blocks(n, VECTOR_BLOCK) + blocks(m, VECTOR_BLOCK),)](
             *(row_partial, col_partial, positive_z, scale, block.bias, row_lse, col_lse, positive),

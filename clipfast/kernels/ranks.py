@@ -74,7 +74,7 @@ def matches_kernel(
     ids,  # ([n], [m]), int32, or None
     row_keys,  # [n], int32; NO_KEY at first
     col_keys,  # [m]
-    scratch,  # [programs, BLOCK_M * (BLOCK_N + 2)], as statistics_kernel has it
+    scratch,  # [programs, BLOCK_M * BLOCK_N]
     n,
     m,
     d,
@@ -94,7 +94,7 @@ def matches_kernel(
     """Matches, in products that have the scale's sign, formed as statistics_kernel forms them."""
     programs_m = tl.num_programs(0) // programs_n
     _, negated = signed_scale(tl.load(scale_ptr))
-    scratch += tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_N + 2 * BLOCK_M)
+    scratch += tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_N)
     for block_m in range(tl.program_id(0) // programs_n, tl.cdiv(n, BLOCK_M), programs_m):
         row = block_m * BLOCK_M
         for block_n in range(tl.program_id(0) % programs_n, tl.cdiv(m, BLOCK_N), programs_n):

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from clipfast.kernels.tiles import (
+    HEADROOM,
     INFINITY,
     LARGEST,
     LN_2,
@@ -17,7 +18,6 @@ from clipfast.kernels.tiles import (
     is_negative,
     is_plain,
     is_positive,
-    least_and_largest,
     load_part,
     merge,
     product,
@@ -26,15 +26,37 @@ from clipfast.kernels.tiles import (
 
 
 @triton.jit
-def add_wide_tile(
-    z,  # [BLOCK_M, BLOCK_N], masked products are -inf
-    scratch,  # [BLOCK_M, BLOCK_N], and [2, BLOCK_M] behind it
-    col_ptrs,  # [BLOCK_N]: the columns' shifts; their sums lie col_stride behind them
+def column_sums(e, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_WARPS: tl.constexpr):
+    """Column sums, [ROW_WARPS, 8, BLOCK_N]: each over those rows alone that one thread of NVIDIA's matrix instructions
+    holds, so that no threads communicate. [1, 1, BLOCK_N] without ROW_WARPS."""
+    if ROW_WARPS == 0:
+        sums = tl.reshape(tl.sum(e, 0), (1, 1, BLOCK_N))
+    else:
+        sums = tl.sum(tl.sum(tl.reshape(e, (BLOCK_M // (16 * ROW_WARPS), ROW_WARPS, 2, 8, BLOCK_N)), 2), 0)
+    return sums
+
+
+@triton.jit
+def store_sums(partial, stride, first, length, shift, sums):
+    """A block's common shift and its sums, which lie `stride` behind the shifts."""
+    offs = first + tl.arange(0, sums.shape[0])
+    tl.store(partial + offs, tl.zeros_like(sums) + shift, mask=offs < length)
+    tl.store(partial + stride + offs, sums, mask=offs < length)
+
+
+@triton.jit
+def add_general_tile(
+    z,  # [BLOCK_M, BLOCK_N], with the scale's sign
+    scratch,  # [BLOCK_M, BLOCK_N]
+    row_ptr,  # the first row's shift; the sums lie row_stride behind the shifts
+    row_stride,
+    col_ptr,
     col_stride,
-    in_m,
+    positive_z,  # [n], with the scale's sign
     ids,  # ([n], [m]), with IGNORES
     row,
     col,
+    distance,
     n,
     m,
     abs_scale2,
@@ -42,34 +64,48 @@ def add_wide_tile(
     BLOCK_N: tl.constexpr,
     IGNORES: tl.constexpr,
 ):
-    """Merge a tile into the columns' sums and return its rows' (shift, sum), each with a shift of its own.
+    """Merge a tile that has positives, an edge, equal ids or a wide range into the rows' and the columns' sums.
 
-    Pairs with equal ids are masked here. A rare path: the tile goes through memory, so that its registers do not add
-    to those of the common one.
+    Each row and column has a shift of its own, which is a product here. Few tiles are such: they go through memory, so
+    that their registers do not add to those of the common path.
     """
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     tl.store(scratch + offs_m[:, None] * BLOCK_N + offs_n[None, :], z)
     tl.debug_barrier()
-    rows = scratch + BLOCK_M * BLOCK_N
+    in_m = col + offs_n < m
+    col_ptrs = col_ptr + offs_n
     col_shift = tl.load(col_ptrs, mask=in_m, other=-LARGEST)
     col_sum = tl.load(col_ptrs + col_stride, mask=in_m, other=0.0)
-    for begin in range(0, BLOCK_M, STRIP):
+    for begin in tl.range(0, BLOCK_M, STRIP, num_stages=1):
         offs = begin + tl.arange(0, STRIP)
+        in_n = row + offs < n
         strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
+        positive = is_positive(distance + begin, STRIP, BLOCK_N)
+        local = offs + distance
+        here = in_n & (local >= 0) & (local < BLOCK_N) & (col + local < m)
+        tl.store(positive_z + row + offs, tl.sum(tl.where(positive, strip, 0.0), 1), mask=here)
+        negative = in_n[:, None] & in_m[None, :] & (positive == 0)
         if IGNORES:
             row_ids, col_ids = load_part(ids[0], row + begin, n, STRIP), load_part(ids[1], col, m, BLOCK_N)
-            strip = tl.where(row_ids[:, None] == col_ids[None, :], -INFINITY, strip)
-        row_shift = finite(tl.max(strip, 1))
-        tl.store(rows + offs, row_shift)
-        tl.store(rows + BLOCK_M + offs, tl.sum(tl.exp2((strip - row_shift[:, None]) * abs_scale2), 1))
-        shift = tl.maximum(col_shift, finite(tl.max(strip, 0)))
-        col_sum = col_sum * tl.exp2((col_shift - shift) * abs_scale2)
-        col_sum += tl.sum(tl.exp2((strip - shift[None, :]) * abs_scale2), 0)
-        col_shift = shift
+            negative = negative & (row_ids[:, None] != col_ids[None, :])
+        strip = tl.where(negative, strip, -INFINITY)
+        row_shift = tl.load(row_ptr + offs, mask=in_n, other=-LARGEST)
+        row_sum = tl.load(row_ptr + offs + row_stride, mask=in_n, other=0.0)
+        row_shift, row_sum = with_terms(row_shift, row_sum, strip, 1, abs_scale2)
+        tl.store(row_ptr + offs, row_shift, mask=in_n)
+        tl.store(row_ptr + offs + row_stride, row_sum, mask=in_n)
+        col_shift, col_sum = with_terms(col_shift, col_sum, strip, 0, abs_scale2)
     tl.store(col_ptrs, col_shift, mask=in_m)
     tl.store(col_ptrs + col_stride, col_sum, mask=in_m)
     tl.debug_barrier()
-    return tl.load(rows + offs_m), tl.load(rows + BLOCK_M + offs_m)
+
+
+@triton.jit
+def with_terms(shift, total, z, axis: tl.constexpr, abs_scale2):
+    """The sums with the exponentials of z along `axis`, as pairs (shift, total) again; a NaN makes no shift."""
+    largest = tl.maximum(shift, finite(tl.max(tl.where(z == z, z, -INFINITY), axis)))
+    e = tl.exp2((z - tl.expand_dims(largest, axis)) * abs_scale2)
+    return largest, total * tl.exp2((shift - largest) * abs_scale2) + tl.sum(e, axis)
 
 
 @triton.jit
@@ -129,16 +165,6 @@ def count_plain_tile(z, ranks, scale, row, col, n, m, BLOCK_M: tl.constexpr, BLO
     tl.atomic_add(ranks[3] + col + tl.arange(0, BLOCK_N), by_col)
 
 
-@triton.jit
-def store_positives(positive_z, z, row, col, distance, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The products of the positives in this tile, which is the only one to hold them."""
-    own = tl.sum(tl.where(is_positive(distance, BLOCK_M, BLOCK_N), z, 0.0), 1)
-    offs_m = tl.arange(0, BLOCK_M)
-    local = offs_m + distance
-    here = (row + offs_m < n) & (local >= 0) & (local < BLOCK_N) & (col + local < m)
-    tl.store(positive_z + row + offs_m, own, mask=here)
-
-
 @triton.jit(do_not_specialize=["n", "m", "diag_offset", "programs_n"])
 def statistics_kernel(
     x,  # [n, d]: a pointer, or a tensor descriptor with USE_TMA
@@ -148,10 +174,10 @@ def statistics_kernel(
     y_factor,  # [m]
     ids,  # ([n], [m]), int32: of pairs that are not negatives; or None
     ranks,  # matches [n] and [m], float64, and how many are not below them, [n] and [m], int32, added to; or None
-    row_partial,  # [2, programs_n, n]: shift, sum
-    col_partial,  # [2, programs_m, 2, m]: shift, sum of narrow tiles, then of wide ones
-    scratch,  # [programs, BLOCK_M * (BLOCK_N + 2)]
-    positive_z,  # [n]
+    row_partial,  # [2, programs_n, 2, n]: shift, sum; of the plain narrow tiles, then of others
+    col_partial,  # [2, programs_m, 2, m]
+    scratch,  # [programs, BLOCK_M * BLOCK_N]
+    positive_z,  # [n], with the scale's sign
     n,
     m,
     d,
@@ -168,48 +194,48 @@ def statistics_kernel(
     USE_TMA: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     IGNORES: tl.constexpr,  # pairs with equal ids are left out of the sums
+    ROW_WARPS: tl.constexpr,  # see column_sums
     PRECISION: tl.constexpr,
 ):
     """Partial statistics, with a fixed number of programs, programs_m x programs_n, each walking its tiles in order.
 
     At any moment the programs work on adjacent tiles, a super-tile of programs_m x programs_n of them, so that each
-    row of x in L2 is read by programs_n and each row of y by programs_m of them. A program adds its tiles' row sums up
-    in registers and its column sums in its own row of col_partial: no two programs write to one place.
+    row of x in L2 is read by programs_n and each row of y by programs_m of them. A program adds the column sums of a
+    block of columns up in registers and its row sums in its own row of row_partial: no two programs write to one place.
+
+    All exponentials of a narrow tile lie within [2^-MAX_SPREAD, 2^HEADROOM] for the shift, in log2 units, that it has
+    in common with the tiles before it: what a sum loses when the shift moves up is below its rounding.
     """
     programs_m = tl.num_programs(0) // programs_n
     program_m = tl.program_id(0) // programs_n
     program_n = tl.program_id(0) % programs_n
     scale = tl.load(scale_ptr)
     abs_scale2, negated = signed_scale(scale)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    row_stride = programs_n.to(tl.int64) * n
+    row_stride = 2 * programs_n.to(tl.int64) * n
     col_stride = 2 * programs_m.to(tl.int64) * m
-    row_partial += program_n.to(tl.int64) * n
+    row_partial += 2 * program_n.to(tl.int64) * n
     col_partial += 2 * program_m.to(tl.int64) * m
-    scratch += tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_N + 2 * BLOCK_M)
-    for block_m in range(program_m, tl.cdiv(n, BLOCK_M), programs_m):
-        row = block_m * BLOCK_M
-        row_shift = tl.full((BLOCK_M,), -LARGEST, tl.float32)
-        row_sum = tl.zeros((BLOCK_M,), tl.float32)
-        for block_n in range(program_n, tl.cdiv(m, BLOCK_N), programs_n):
-            col = block_n * BLOCK_N
+    scratch += tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_N)
+    for block_n in range(program_n, tl.cdiv(m, BLOCK_N), programs_n):
+        col = block_n * BLOCK_N
+        store_sums(col_partial + m, col_stride, col, m, -LARGEST, tl.zeros((BLOCK_N,), tl.float32))
+        shift = tl.full((), -LARGEST, tl.float32)
+        col_sums = tl.zeros((ROW_WARPS if ROW_WARPS else 1, 8 if ROW_WARPS else 1, BLOCK_N), tl.float32)
+        for block_m in range(program_m, tl.cdiv(n, BLOCK_M), programs_m):
+            row = block_m * BLOCK_M
             if ids is not None:
                 distinct = are_distinct(load_part(ids[0], row, n, BLOCK_M), load_part(ids[1], col, m, BLOCK_N))
             z = product(
                 x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
                 BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
             )  # fmt: skip
-            in_m = col + offs_n < m
             if HAS_FACTORS:
-                z *= tl.load(x_factor + row + offs_m, mask=row + offs_m < n, other=0.0)[:, None]
-                z *= tl.load(y_factor + col + offs_n, mask=in_m, other=0.0)[None, :]
+                z *= load_part(x_factor, row, n, BLOCK_M)[:, None]
+                z *= load_part(y_factor, col, m, BLOCK_N)[None, :]
             distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
             plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
             if ids is not None:
                 plain = plain & distinct
-            if not plain:
-                store_positives(positive_z, z, row, col, distance, n, m, BLOCK_M, BLOCK_N)
             if negated:
                 z = -z
             if ranks is not None:
@@ -219,72 +245,76 @@ def statistics_kernel(
                     count_general_tile(
                         z, scratch, ids, ranks, scale, row, col, distance, n, m, BLOCK_M, BLOCK_N
                     )  # fmt: skip
-            if not plain:
-                z = tl.where(is_negative(row, col, distance, n, m, BLOCK_M, BLOCK_N), z, -INFINITY)
-            low, high = least_and_largest(z, plain)
-            shift = finite(high)
-            col_ptrs = col_partial + col + offs_n
-            if block_m == program_m:
-                old_shift = -LARGEST
-                old_sum = tl.zeros((BLOCK_N,), tl.float32)
-                tl.store(col_ptrs + m, old_sum - LARGEST, mask=in_m)
-                tl.store(col_ptrs + m + col_stride, old_sum, mask=in_m)
+            # A NaN may be ignored here, it passes through every later sum by itself.
+            low, high = tl.min(z) * abs_scale2, tl.max(z) * abs_scale2
+            narrow = plain & (high - low < MAX_SPREAD)
+            if block_n == program_n:
+                row_shift = -LARGEST
+                row_sum = tl.zeros((BLOCK_M,), tl.float32)
+                store_sums(row_partial + n, row_stride, row, n, -LARGEST, row_sum)
             else:
-                old_shift = tl.load(col_partial + col)
-                old_sum = tl.load(col_ptrs + col_stride, mask=in_m, other=0.0)
-            # With one row or one column the positive may be all that a column or row has, and any shift too large.
-            # So may the ignored pairs be.
-            several = (row + 1 < n) & (col + 1 < m)
-            if IGNORES:
-                several = several & distinct
-            if several & ((high - low) * abs_scale2 < MAX_SPREAD):
+                row_shift = tl.load(row_partial + row)  # the same for a block of rows
+                row_sum = load_part(row_partial + row_stride, row, n, BLOCK_M)
+            if narrow & (high > shift + HEADROOM):
+                col_sums *= tl.exp2(shift - high)
+                shift = high
+            if narrow & (low > shift - MAX_SPREAD):
                 # One exponential for both directions.
-                e = tl.exp2((z - shift) * abs_scale2)
-                tile_row_sum = tl.sum(e, 1)
-                tile_row_shift = tl.zeros_like(tile_row_sum) + shift
-                new_shift = tl.maximum(old_shift, shift)
-                old_sum = old_sum * tl.exp2((old_shift - new_shift) * abs_scale2)
-                old_sum += tl.sum(e, 0) * tl.exp2((shift - new_shift) * abs_scale2)
+                e = tl.exp2(z * abs_scale2 - shift)
+                col_sums += column_sums(e, BLOCK_M, BLOCK_N, ROW_WARPS)
+                row_shift, row_sum = merge(row_shift, row_sum, shift, tl.sum(e, 1), 1.0)
             else:
-                tile_row_shift, tile_row_sum = add_wide_tile(
-                    z, scratch, col_ptrs + m, col_stride, in_m, ids, row, col, n, m, abs_scale2,
-                    BLOCK_M, BLOCK_N, IGNORES,
+                add_general_tile(
+                    z, scratch, row_partial + n + row, row_stride, col_partial + m + col, col_stride, positive_z, ids,
+                    row, col, distance, n, m, abs_scale2, BLOCK_M, BLOCK_N, IGNORES,
                 )  # fmt: skip
-                new_shift = old_shift
-            row_shift, row_sum = merge(row_shift, row_sum, tile_row_shift, tile_row_sum, abs_scale2)
-            tl.store(col_ptrs, tl.zeros_like(old_sum) + new_shift, mask=in_m)
-            tl.store(col_ptrs + col_stride, old_sum, mask=in_m)
+            store_sums(row_partial, row_stride, row, n, row_shift, row_sum)
             # Other threads of this program may read what these have written.
             tl.debug_barrier()
-        in_n = row + offs_m < n
-        tl.store(row_partial + row + offs_m, row_shift, mask=in_n)
-        tl.store(row_partial + row_stride + row + offs_m, row_sum, mask=in_n)
+        store_sums(col_partial, col_stride, col, m, shift, tl.sum(tl.sum(col_sums, 1), 0))
 
 
 @triton.jit
-def merged_lse(partial, offs, count, length, scale, bias, BLOCK: tl.constexpr):  # [BLOCK], float64
-    """The logsumexp of `count` partial sums, merged in their order."""
-    abs_scale2, _ = signed_scale(scale)
+def merged_sums(partial, offs, count, length, exponent_scale, BLOCK: tl.constexpr):  # [BLOCK], [BLOCK]
+    """(shift, sum) of `count` programs' tiles of one kind, merged in their order."""
     inside = offs < length
     shift = tl.full((BLOCK,), -LARGEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     ptrs = partial + offs
     for _ in range(count):
         other_shift = tl.load(ptrs, mask=inside, other=-LARGEST)
-        other_total = tl.load(ptrs + count.to(tl.int64) * length, mask=inside, other=0.0)
-        shift, total = merge(shift, total, other_shift, other_total, abs_scale2)
-        ptrs += length
-    # In float64: a logsumexp near 100 that is rounded to float32 is wrong by 4e-6.
-    return (
-        tl.abs(scale).to(tl.float64) * shift.to(tl.float64) + bias.to(tl.float64) + tl.log2(total.to(tl.float64)) * LN_2
-    )
+        other_total = tl.load(ptrs + 2 * count.to(tl.int64) * length, mask=inside, other=0.0)
+        shift, total = merge(shift, total, other_shift, other_total, exponent_scale)
+        ptrs += 2 * length.to(tl.int64)
+    return shift, total
+
+
+@triton.jit
+def as_logsumexp(shift, total, logit_of_shift):  # float64
+    """In float64: a logsumexp near 100 that is rounded to float32 is wrong by 4e-6."""
+    lse = logit_of_shift * shift.to(tl.float64) + tl.log2(total.to(tl.float64)) * LN_2
+    return tl.where(total == 0, -INFINITY, lse)
+
+
+@triton.jit
+def merged_lse(partial, offs, count, length, scale, bias, BLOCK: tl.constexpr):  # [BLOCK], float64
+    """The logsumexp of `count` programs' partial sums."""
+    abs_scale2, _ = signed_scale(scale)
+    logit_scale = tl.abs(scale).to(tl.float64)
+    shift, total = merged_sums(partial, offs, count, length, 1.0, BLOCK)
+    narrow = as_logsumexp(shift, total, logit_scale / abs_scale2.to(tl.float64))
+    shift, total = merged_sums(partial + length, offs, count, length, abs_scale2, BLOCK)
+    wide = as_logsumexp(shift, total, logit_scale)
+    largest = tl.maximum(narrow, wide)
+    largest = tl.where(tl.abs(largest) < INFINITY, largest, 0.0)
+    return largest + tl.log2(tl.exp(narrow - largest) + tl.exp(wide - largest)) * LN_2 + bias.to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["n", "m", "diag_offset", "programs_m", "programs_n"])
 def merge_kernel(
-    row_partial,  # [2, programs_n, n]
+    row_partial,  # [2, programs_n, 2, n]
     col_partial,  # [2, programs_m, 2, m]
-    positive_z,  # [n]
+    positive_z,  # [n], with the scale's sign
     scale_ptr,  # []
     bias_ptr,  # []
     row_lse,  # [n], float64
@@ -307,9 +337,9 @@ def merge_kernel(
         tl.store(row_lse + offs, lse, mask=offs < n)
         own = (offs < n) & (offs + diag_offset >= 0) & (offs + diag_offset < m)
         z = tl.load(positive_z + offs, mask=own, other=0.0).to(tl.float64)
-        logit = z * scale.to(tl.float64) + bias.to(tl.float64)
+        logit = z * tl.abs(scale).to(tl.float64) + bias.to(tl.float64)
         tl.store(positive + offs, tl.where(own, logit, 0.0), mask=offs < n)
     else:
         offs = (block - row_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        lse = merged_lse(col_partial, offs, 2 * programs_m, m, scale, bias, BLOCK)
+        lse = merged_lse(col_partial, offs, programs_m, m, scale, bias, BLOCK)
         tl.store(col_lse + offs, lse, mask=offs < m)

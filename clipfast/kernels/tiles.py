@@ -14,6 +14,7 @@ SMALLEST_SCALE = tl.constexpr(1e-30)
 
 # In log2 units: below it one shift serves a whole tile, for then the smallest exponential is a normal number.
 MAX_SPREAD = tl.constexpr(100.0)
+HEADROOM = tl.constexpr(20.0)  # how far above its shift a tile may reach before the shift moves up
 
 STRIP = tl.constexpr(16)  # rows at a time of a tile that goes through memory
 
@@ -132,20 +133,6 @@ def signed_scale(scale):
     """
     abs_scale2 = tl.abs(scale * LOG2_E)
     return tl.where(abs_scale2 < SMALLEST_SCALE, SMALLEST_SCALE, abs_scale2), scale < 0
-
-
-@triton.jit
-def least_and_largest(z, plain):
-    """The range of a tile's products without the masked ones, which are -inf; inf and -inf if there are none.
-
-    A NaN may be ignored here, it passes through every later sum by itself.
-    """
-    high = tl.max(z)
-    if plain:  # noqa: SIM108
-        low = tl.min(z)
-    else:
-        low = tl.min(tl.where(z == -INFINITY, INFINITY, z))
-    return low, high
 
 
 @triton.jit
