@@ -74,6 +74,11 @@ class Case:
     d: int = WIDTHS[0]
     option: str = ""  # one of OPTIONS[config.kernel]
 
+    @property
+    def logits(self) -> int:
+        """Of a tile, per thread."""
+        return self.config.block_m * self.config.block_n // (machine_code.WARP * self.config.num_warps)
+
     def __str__(self) -> str:
         config = self.config
         tile = f"{config.block_m}x{config.block_n}x{config.block_d}"
@@ -148,14 +153,20 @@ def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) ->
 
 
 def compile_case(case: Case) -> Compiled:
+    kernel = compiled_kernel(case)
     device = DEVICES[case.config.architecture]
-    with _offline(device) as kernels, mock.patch.object(tuning, "describe", return_value=device):
-        kernel = kernels[_launch(case)]
     resources = _amd_resources if device.architecture.startswith("gfx") else _nvidia_resources
     registers, stack, assembly = resources(kernel)
     instructions = len(re.findall(re.escape(MATRIX_INSTRUCTIONS[device.architecture]), assembly))
     compiled = Compiled(case, registers, stack, int(kernel.metadata.shared), instructions)
     return compiled if device.architecture.startswith("gfx") else _counted(compiled, kernel.asm["cubin"])
+
+
+def compiled_kernel(case: Case) -> Any:
+    """What Triton makes of it."""
+    device = DEVICES[case.config.architecture]
+    with _offline(device) as kernels, mock.patch.object(tuning, "describe", return_value=device):
+        return kernels[_launch(case)]
 
 
 def _counted(compiled: Compiled, cubin: bytes) -> Compiled:
@@ -164,12 +175,11 @@ def _counted(compiled: Compiled, cubin: bytes) -> Compiled:
     limit = DEVICES[config.architecture].shared_bytes
     programs = machine_code.programs_per_processor(config.num_warps, compiled.registers, compiled.shared, limit)
     compiled = replace(compiled, programs=programs)
-    logits = config.block_m * config.block_n // (machine_code.WARP * config.num_warps)
     try:
-        path = machine_code.common_path(machine_code.disassemble(cubin), logits, PRODUCTS.get(config.kernel, 1))
+        path = machine_code.common_path(machine_code.disassemble(cubin), case.logits, PRODUCTS.get(config.kernel, 1))
     except LookupError:
         return compiled
-    compiled = replace(compiled, slots=path.slots / logits, spills=path.spills)
+    compiled = replace(compiled, slots=path.slots / case.logits, spills=path.spills)
     if (config.architecture, config.itemsize, case.option) == ("sm_90", 2, "") and config.kernel in MODELLED:
         compiled = replace(compiled, timed=cycles.timed(path, config, case.d, programs))
     return compiled

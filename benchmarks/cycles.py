@@ -282,10 +282,10 @@ def timed(path: CommonPath, config: Config, d: int, fit: int, bandwidth: float =
     return Timed(config, programs, (ends[-1] - ends[0]) / (len(ends) - 1))
 
 
-def share_at_4p(statistics: Timed, gradient: Timed, d: int, processors: int) -> float:
+def share_at_4p(statistics: Timed, gradient: Timed, d: int, processors: int, vendor: float = VENDOR) -> float:
     """What part of the tensor peak the loss reaches at n = N, forward and backward, counted as 4 P.
 
-    The two products with G are the vendor's. Whole tiles of the busiest program count, as `tuning` shares them out.
+    The two products with G reach `vendor` of it. Whole tiles of the busiest program count, as `tuning` shares them out.
     """
     config = statistics.config
     sides = zip(tuning.program_grid(N, N, config, processors), (config.block_m, config.block_n), strict=True)
@@ -300,4 +300,4 @@ def share_at_4p(statistics: Timed, gradient: Timed, d: int, processors: int) -> 
     backward = chunks * (rounds * gradient.cycles + LAUNCH)
 
     product = N * N * d * config.itemsize / 2 / TENSOR_PEAK / processors
-    return 4 * product / (forward + backward + 2 * product / VENDOR)
+    return 4 * product / (forward + backward + 2 * product / vendor)

@@ -222,3 +222,23 @@ with compile_report._offline(compile_report.DEVICES["sm_90"]) as kernels:
 assert "ld.global.cg.v4" in kernels["read_kernel"].asm["ptx"]
 """
     subprocess.run([*python, compiled], env=environment_ | {"TRITON_INTERPRET": "0"}, check=True)
+
+
+def test_the_search_tries_the_likely_first() -> None:
+    """Two candidates that may ship, and one that needs more registers than there are."""
+    pytest.importorskip("triton")
+    program = """
+from benchmarks import tune
+from clipfast.tuning import Config
+shapes = ((64, 64, 4), (256, 256, 4), (128, 128, 8))
+configs = [Config("gradient", "sm_90", 2, m, n, 64, warps, 2, tma=True) for m, n, warps in shapes]
+if __name__ == "__main__":
+    for config in tune.promising(configs, 300):
+        print(config.block_m, config.per_processor)
+"""
+    python = [sys.executable, "-c", program]
+    variables = os.environ | {"PYTHONPATH": str(environment.ROOT), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(python, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    found = {int(line.split()[0]): int(line.split()[1]) for line in done.stdout.splitlines()}
+    assert set(found) == {64, 128}
+    assert all(1 <= programs <= 2 for programs in found.values())

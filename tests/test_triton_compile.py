@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,15 +17,23 @@ from benchmarks.compile_report import Case, Compiled
 from clipfast.backends import triton
 from clipfast.tuning import Config
 
+ROOT = Path(__file__).parents[1]
 SM_90 = Config("statistics", "sm_90", 2, 128, 128, 64, 8, 3)
+
+
+def in_a_process(program: str) -> str:
+    """What a program prints where kernels are compiled: this process interprets them."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout
 
 
 def compiled(architecture: str, *plain: str) -> None:
     """In a process of its own: this one interprets kernels, and does not compile them."""
     command = [sys.executable, "-m", "benchmarks", "compile-report", *plain, "--architecture", architecture]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith(f"{architecture} ")]
     assert len(rows) == len(compile_report.cases([architecture], bool(plain)))
@@ -47,6 +56,17 @@ def test_every_configuration_may_ship(architecture: str) -> None:
 def test_every_configuration_of_the_family_may_ship() -> None:
     """On one architecture: the others take a quarter of an hour, by `python -m benchmarks compile-report`."""
     compiled("sm_90")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_prediction_has_a_row_for_each_assumption() -> None:
+    """At one d and one rate of L2; docs/hopper-model.md has them all."""
+    done = in_a_process(
+        "from benchmarks import prediction as p; p.WIDTHS, p.BANDWIDTHS = (512,), (64.0,); print(*p.rows())"
+    )
+    assert re.fullmatch(
+        r"(\| (no|yes) \| 64 \| 512 \| [\d.]+ / [\d.]+ \| \d+% / \d+% \| \d+% \(\d+% to \d+%\) \|\s*){2}", done
+    )
 
 
 @pytest.mark.parametrize(
