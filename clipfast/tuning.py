@@ -65,11 +65,13 @@ class Config:
 
     @property
     def row_warps(self) -> int:
-        """How many warps share the rows of a tile in turns of 16, as the products of NVIDIA's matrix instructions lie.
+        """How many warps share the rows of a tile in turns of 16, as the products of sm_90's matrix instructions lie.
 
-        0 where they lie otherwise.
+        0 where they lie otherwise: a thread's own parts would have to be gathered first.
         """
-        return 0 if self.architecture in ("sm_100", "gfx942") else min(self.num_warps, self.block_m // 16)
+        if self.architecture in ("sm_80", "sm_100", "gfx942") or self.itemsize == 4:
+            return 0
+        return min(self.num_warps, self.block_m // 16)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,16 @@ def reason_against(config: Config, device: Device, itemsize: int, d: int, aligne
             return f"needs {needed} bytes of shared memory for {count} programs, the device has {device.shared_bytes}"
         if 2 * count * 4 * config.block_m * config.block_n > REGISTER_BYTES:
             return f"the tiles of {count} programs do not fit the {REGISTER_BYTES} bytes of registers"
+    return ""
+
+
+def reason_against_strategy(strategy: str, device: Device, triton_version: tuple[int, ...]) -> str:
+    """Why a strategy is not to run with this Triton; empty if it may."""
+    if strategy == "registers" and device.architecture == "sm_90" and triton_version < (3, 9):
+        return (
+            "multiplies H on from registers, and the ptxas 12.9 of Triton below 3.9 may corrupt sm_90's products whose "
+            "left operand is in registers (triton#11781)"
+        )
     return ""
 
 
@@ -211,7 +223,7 @@ def float32_product(device: Device) -> str:
 CONFIGS: tuple[Config, ...] = (
     Config("statistics", "sm_80", 2, 128, 128, 32, 8, 4, aligned=True),
     Config("statistics", "sm_80", 2, 128, 64, 32, 8, 4),
-    Config("gradient", "sm_80", 2, 128, 128, 32, 8, 4),
+    Config("gradient", "sm_80", 2, 128, 64, 32, 8, 4),
     Config("accumulate", "sm_80", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("ranks", "sm_80", 2, 128, 64, 32, 8, 3),
     Config("sigmoid", "sm_80", 2, 128, 128, 32, 8, 3),
@@ -223,9 +235,9 @@ CONFIGS: tuple[Config, ...] = (
     Config("sigmoid", "sm_80", 4, 128, 64, 32, 8, 3),
     Config("distillation", "sm_80", 4, 64, 64, 32, 8, 2),
     Config("statistics", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2),
-    Config("statistics", "sm_90", 2, 128, 128, 32, 8, 3),
-    Config("gradient", "sm_90", 2, 128, 128, 64, 8, 4, tma=True),
-    Config("gradient", "sm_90", 2, 128, 128, 32, 8, 3),
+    Config("statistics", "sm_90", 2, 128, 64, 64, 8, 3),
+    Config("gradient", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2),
+    Config("gradient", "sm_90", 2, 128, 64, 32, 8, 3),
     Config("accumulate", "sm_90", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("ranks", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
     Config("ranks", "sm_90", 2, 128, 64, 64, 8, 3),
@@ -240,7 +252,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("distillation", "sm_90", 4, 64, 64, 32, 8, 2),
     Config("statistics", "sm_100", 2, 128, 64, 64, 8, 4, tma=True),
     Config("statistics", "sm_100", 2, 128, 64, 64, 8, 3),
-    Config("gradient", "sm_100", 2, 128, 256, 64, 8, 3, tma=True),
+    Config("gradient", "sm_100", 2, 128, 128, 64, 8, 3, tma=True),
     Config("gradient", "sm_100", 2, 128, 64, 64, 8, 3),
     Config("accumulate", "sm_100", 2, 64, 64, 64, 8, 2, block_out=256),
     Config("ranks", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from triton_case import ACCUMULATE, BACKWARD, DEVICE, DTYPES, GRADIENT, OFFSETS,
 
 import clipfast
 from clipfast import reference, tuning
-from clipfast.kernels import launch
+from clipfast.block import Weights
+from clipfast.kernels import chunks, launch
+from clipfast.kernels.operands import Operands
 from clipfast.kernels.tiles import MAX_SPREAD
 from clipfast.norms import l2_normalize
 
@@ -66,6 +69,50 @@ def test_row_factors(scale: float, dtype: torch.dtype) -> None:
     case.check_forward(config=STATISTICS)
     for strategy, config in BACKWARD.items():
         case.check_backward(config=config, strategy=strategy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factors", [False, True])
+def test_whole_tiles_through_descriptors(factors: bool, dtype: torch.dtype) -> None:
+    case = block(75, 90, 32, dtype)
+    vectors = [1 / t.float().norm(dim=1) for t in (case.x, case.y)] if factors else []
+    case = Case(case.x, case.y, case.scale, case.bias, -3, *vectors)
+    case.check_forward(config=replace(STATISTICS, tma=True))
+    case.check_backward(config=replace(GRADIENT, tma=True), strategy="chunks")
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 14.3, -14.3, 100.0])
+def test_most_tiles_of_usual_features_are_narrow(scale: float) -> None:
+    """Their shares are decided per block, before a product."""
+    case = block(64, 96, 64, torch.float32, scale, kind="trained")
+    weights = Weights(*(getattr(case, name) for name in Weights._fields[:5]))
+    for factors in ([], [1 / t.norm(dim=1) for t in (case.x, case.y)]):
+        own = replace(case.block, **dict(zip(("x_factor", "y_factor"), factors, strict=False)))
+        operands = Operands.of(own.x, own.y, None)
+        none = torch.empty(0)
+        for swapped in (False, True):
+            pass_ = launch.Pass(own, weights, none, none, chunks.Products(own, operands, torch.float32, None))
+            shares, shifts, _, others = pass_._shares(GRADIENT, swapped)
+            assert shares.isfinite().all()
+            assert (shares != 0).all()
+            least = torch.maximum(shifts[:, None, 1], others[None, :, 1])
+            assert (torch.minimum(shifts[:, None, 0], others[None, :, 0]) >= least).all()
+
+
+@pytest.mark.parametrize("strategy", tuning.STRATEGIES)
+@pytest.mark.parametrize("direction", ["rows", "cols", "few"])
+def test_weights_of_zero_and_centres_far_apart(direction: str, strategy: str) -> None:
+    """One side without weights, whose every logit still counts for the other; rows 200 binary orders apart."""
+    case = block(75, 90, 16, torch.float32, 30.0, diag_offset=4)
+    case.x[::7] *= 8
+    case = Case(case.x, case.y, case.scale, case.bias, 4)
+    assert (case.row_lse.max() - case.row_lse.min()) / torch.tensor(2.0).log() > 200
+    if direction != "cols":
+        case.col_weight[0 if direction == "rows" else slice(0, None, 3)] = 0
+        case.col_weight[:] = 0 if direction == "rows" else case.col_weight
+    if direction != "rows":
+        case.row_weight[:] = 0 if direction == "cols" else case.row_weight * (torch.arange(75) % 2)
+    case.check_backward(config=BACKWARD[strategy], strategy=strategy)
 
 
 def strided(tensor: Tensor) -> Iterator[Tensor]:
@@ -175,14 +222,14 @@ def test_workspace_bounds_what_is_stored_of_the_gradient(dtype: torch.dtype, mon
     n, m = 1100, 1300
     case = block(n, m, 8, dtype)
     largest = 0
-    gradient = launch.Pass._gradient
+    add_product = chunks._add_product
 
-    def noting(self: launch.Pass, config: object, rows: slice, cols: slice, h: Tensor, *rest: Tensor) -> None:
+    def noting(total: Tensor, h: Tensor, *rest: Tensor, first: bool) -> None:
         nonlocal largest
         largest = max(largest, h.untyped_storage().nbytes())
-        gradient(self, config, rows, cols, h, *rest)
+        add_product(total, h, *rest, first=first)
 
-    monkeypatch.setattr(launch.Pass, "_gradient", noting)
+    monkeypatch.setattr(chunks, "_add_product", noting)
     for workspace in (1 << 20, 1 << 30):
         largest = 0
         case.backward(workspace=workspace)

@@ -53,6 +53,17 @@ def test_two_programs_per_multiprocessor_must_fit() -> None:
         assert reason in tuning.reason_against(replace(fits, **change), device, 2, 512, aligned_rows=True)
 
 
+def test_products_from_registers_need_a_triton_that_compiles_them_right() -> None:
+    sm_90, sm_80 = DEVICES["sm_90"], DEVICES["sm_80"]
+    assert "triton#11781" in tuning.reason_against_strategy("registers", sm_90, (3, 6))
+    for strategy, device, version in (
+        ("registers", sm_90, (3, 9)),
+        ("registers", sm_80, (3, 6)),
+        ("chunks", sm_90, (3, 6)),
+    ):
+        assert tuning.reason_against_strategy(strategy, device, version) == ""
+
+
 @pytest.mark.parametrize(("n", "m"), SIZES)
 def test_program_grid_fits_the_device(n: int, m: int) -> None:
     config = tuning.choose("statistics", DEVICES["sm_90"], 2, 512).config

@@ -50,7 +50,7 @@ def workspace_bytes(problem: Problem) -> int:
     kernels = ["ranks"] if problem.needs & {IDS, RANKS} else []
     passes = [_statistics_bytes(problem, kernel) for kernel in ("statistics", *kernels)]
     vectors = 4 * (6 if IDS in problem.needs else 4) * (problem.n + problem.m)
-    passes.append(vectors + _chunk_bytes(problem, "gradient"))
+    passes.append(vectors + _share_bytes(problem) + _chunk_bytes(problem, "gradient"))
     if SIGMOID in problem.needs:
         passes.append(_chunk_bytes(problem, "sigmoid"))
     if DISTILLATION in problem.needs:
@@ -70,6 +70,13 @@ def _statistics_bytes(problem: Problem, kernel: str) -> int:
     config = tuning.choose(kernel, device, _operand_bytes(problem), problem.d).config
     programs_m, programs_n = tuning.program_grid(n, m, config, device.processors)
     return 4 * (4 * programs_n * n + 4 * programs_m * m + n + programs_m * programs_n * config.tile_scratch)
+
+
+def _share_bytes(problem: Problem) -> int:
+    """Both sides' shares, and their blocks' shifts."""
+    n, m = problem.n, problem.m
+    config = tuning.choose("gradient", tuning.describe(problem.device), _operand_bytes(problem), problem.d).config
+    return 4 * (n + m) + 8 * (-(-n // config.block_m) + -(-m // config.block_n)) + 4
 
 
 def _chunk_bytes(problem: Problem, kernel: str) -> int:

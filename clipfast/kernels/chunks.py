@@ -32,12 +32,15 @@ class Products:
         x, y = self.block.x, self.block.y
         return x.new_empty(x.shape, dtype=self.dtype), y.new_empty(y.shape, dtype=self.dtype)
 
-    def by_chunks(self, shape: tuple[int, int], fill: Fill) -> tuple[Tensor, Tensor]:
-        """A chunk of H at a time in the operands' dtype, and the vendor's product into float32 totals."""
+    def buffer(self, shape: tuple[int, int]) -> Tensor:  # [rows, padded columns]
+        """For a chunk of H, in the operands' dtype."""
+        return self.operands.x.new_empty((shape[0], tuning.padded(shape[1])))
+
+    def by_chunks(self, shape: tuple[int, int], h_buffer: Tensor, fill: Fill) -> tuple[Tensor, Tensor]:
+        """A chunk of H at a time, in the buffer, and the vendor's product into float32 totals."""
         (n, d), m = self.block.x.shape, self.block.m
         x, y = self.operands.x, self.operands.y
         chunk_rows, chunk_cols = shape
-        h_buffer = x.new_empty((chunk_rows, tuning.padded(chunk_cols)))
         dx, dy = self.empty()
         # float32 gradients are their own totals.
         dy_total = dy if dy.dtype == torch.float32 else dy.new_empty((m, d), dtype=torch.float32)

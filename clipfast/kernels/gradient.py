@@ -20,15 +20,14 @@ import triton.language as tl
 
 from clipfast.kernels.tiles import (
     IGNORED,
-    MAX_SPREAD,
     NO_IDS,
     STRIP,
     are_distinct,
     diagonal_distance,
-    finite,
     inner_product,
     is_plain,
     is_positive,
+    load_part,
     multiply_add,
     product,
     signed_scale,
@@ -73,14 +72,23 @@ def with_factors(z, rows, cols, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def narrow_gradient(
-    z, shift, rows, cols, row, col, n, m, abs_scale2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAME: tl.constexpr
-):  # [BLOCK_M, BLOCK_N]
-    """G of a tile of negatives of a narrow range: one exponential for both directions."""
-    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-    from_row = side(rows, WEIGHT, offs_m, n, SAME) * tl.exp2((shift - side(rows, CENTRE, offs_m, n, SAME)) * abs_scale2)
-    from_col = side(cols, WEIGHT, offs_n, m, SAME) * tl.exp2((shift - side(cols, CENTRE, offs_n, m, SAME)) * abs_scale2)
-    return tl.exp2((z - shift) * abs_scale2) * (from_row[:, None] + from_col[None, :])
+def is_narrow(shares, row_block, col_block):
+    """Whether one shift serves all negatives of a tile, and the factors that bring both sides' shares to it."""
+    row_shift, col_shift = tl.load(shares[1] + 2 * row_block), tl.load(shares[3] + 2 * col_block)
+    shift = tl.minimum(row_shift, col_shift)
+    least = tl.maximum(tl.load(shares[1] + 2 * row_block + 1), tl.load(shares[3] + 2 * col_block + 1))
+    return shift >= least, shift, tl.exp2(shift - row_shift), tl.exp2(shift - col_shift)
+
+
+@triton.jit
+def thread_sums(h, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_WARPS: tl.constexpr):  # [ROW_WARPS, 8, 4]
+    """Sums over what one thread of NVIDIA's matrix instructions holds; as one sum without ROW_WARPS."""
+    if ROW_WARPS == 0:
+        sums = tl.reshape(tl.sum(tl.sum(h, 1, keep_dims=True), 0, keep_dims=True), (1, 1, 1))
+    else:
+        parts = tl.reshape(h, (BLOCK_M // (16 * ROW_WARPS), ROW_WARPS, 2, 8, BLOCK_N // 8, 4, 2))
+        sums = tl.sum(tl.sum(tl.sum(tl.sum(parts, 4), 5), 2), 0)
+    return sums
 
 
 @triton.jit
@@ -110,7 +118,7 @@ def general_gradient(
 
 @triton.jit
 def store_general_tile(
-    z,  # [BLOCK_M, BLOCK_N], with factors and the scale's sign
+    z,  # [BLOCK_M, BLOCK_N], without factors and the scale's sign
     scratch,  # [BLOCK_M, BLOCK_N]
     rows,  # [n, 4 or 6]
     cols,  # [m, 4 or 6]
@@ -122,6 +130,7 @@ def store_general_tile(
     m,
     stride_hm,
     abs_scale2,
+    negated,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
@@ -135,9 +144,13 @@ def store_general_tile(
     tl.store(scratch + offs_m[:, None] * BLOCK_N + offs_n[None, :], z)
     tl.debug_barrier()
     dscale = tl.zeros((), tl.float32)
-    for begin in range(0, BLOCK_M, STRIP):
+    for begin in tl.range(0, BLOCK_M, STRIP, num_stages=1):
         offs = begin + tl.arange(0, STRIP)
         strip = tl.load(scratch + offs[:, None] * BLOCK_N + offs_n[None, :])
+        if HAS_FACTORS:
+            strip = with_factors(strip, rows, cols, row + begin, col, n, m, STRIP, BLOCK_N, SAME)
+        if negated:
+            strip = -strip
         h = general_gradient(
             strip, rows, cols, row + begin, col, distance + begin, n, m, abs_scale2, STRIP, BLOCK_N, SAME
         )
@@ -146,23 +159,30 @@ def store_general_tile(
             h = with_factors(h, rows, cols, row + begin, col, n, m, STRIP, BLOCK_N, SAME)
         store_tile(h_ptr, h, row + begin, col, n, m, stride_hm, STRIP, BLOCK_N)
     tl.debug_barrier()
+    if negated:
+        dscale = -dscale
     return dscale
 
 
-@triton.jit(do_not_specialize=["n", "m", "diag_offset"])
+@triton.jit(do_not_specialize=["n", "m", "diag_offset", "row_begin", "col_begin"])
 def gradient_kernel(
     x,  # [n, d]: a pointer, or a tensor descriptor with USE_TMA
     y,  # [m, d]
     scale_ptr,  # []
     rows,  # [n, 4 or 6]
     cols,  # [m, 4 or 6]
-    h_ptr,  # [n, m]
+    shares,  # (of rows [n], their blocks' [blocks, 2], of columns [m], their blocks'), see vectors.py
+    factors,  # ([n], [m]), or None
+    h,  # of the chunk, [chunk rows, chunk columns], rows stride_hm apart: a pointer, or a descriptor with USE_TMA
+    h_ptr,
     dscale_ptr,  # [programs], float64: each program adds its part
     scratch,  # [programs, BLOCK_M * BLOCK_N]
-    n,
+    n,  # of the chunk's end
     m,
     d,
     diag_offset,
+    row_begin,  # multiples of the blocks
+    col_begin,
     stride_xm,
     stride_xd,
     stride_yn,
@@ -173,17 +193,23 @@ def gradient_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     USE_TMA: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
     SAME: tl.constexpr,
+    ROW_WARPS: tl.constexpr,  # see thread_sums
     PRECISION: tl.constexpr,
 ):
     """H of a chunk of x and y, so small that H and its operands stay in L2 whatever the order of its tiles is."""
     abs_scale2, negated = signed_scale(tl.load(scale_ptr))
+    signed_scale2 = tl.where(negated, -abs_scale2, abs_scale2)
     scratch += tl.program_id(0).to(tl.int64) * BLOCK_M * BLOCK_N
-    blocks_m = tl.cdiv(n, BLOCK_M)
+    first_m, first_n = row_begin // BLOCK_M, col_begin // BLOCK_N
+    row_begin, col_begin = first_m * BLOCK_M, first_n * BLOCK_N
+    h_ptr -= row_begin.to(tl.int64) * stride_hm + col_begin
+    blocks_m = tl.cdiv(n - row_begin, BLOCK_M)
     dscale = tl.zeros((), tl.float64)
-    for tile in range(tl.program_id(0), blocks_m * tl.cdiv(m, BLOCK_N), tl.num_programs(0)):
-        row, col = tile % blocks_m * BLOCK_M, tile // blocks_m * BLOCK_N
+    sums = tl.zeros((ROW_WARPS if ROW_WARPS else 1, 8 if ROW_WARPS else 1, 4 if ROW_WARPS else 1), tl.float64)
+    for tile in range(tl.program_id(0), blocks_m * tl.cdiv(m - col_begin, BLOCK_N), tl.num_programs(0)):
+        block_m, block_n = first_m + tile % blocks_m, first_n + tile // blocks_m
+        row, col = block_m * BLOCK_M, block_n * BLOCK_N
         if SAME != NO_IDS:
             distinct = has_distinct_ids(rows, cols, row, col, n, m, BLOCK_M, BLOCK_N, SAME)
         z = product(
@@ -191,30 +217,37 @@ def gradient_kernel(
             BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
         )  # fmt: skip
         distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
-        if HAS_FACTORS:
-            z = with_factors(z, rows, cols, row, col, n, m, BLOCK_M, BLOCK_N, SAME)
-        if negated:
-            z = -z
-        low, high = tl.min(z), tl.max(z)
         plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
         if SAME != NO_IDS:
             plain = plain & distinct
-        if plain & ((high - low) * abs_scale2 < MAX_SPREAD):
-            h = narrow_gradient(z, finite(high), rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N, SAME)
-            dscale += tl.sum(h * z).to(tl.float64)
-            if HAS_FACTORS:
-                h = with_factors(h, rows, cols, row, col, n, m, BLOCK_M, BLOCK_N, SAME)
-            store_tile(h_ptr, h, row, col, n, m, stride_hm, BLOCK_M, BLOCK_N)
+        narrow, shift, to_rows, to_cols = is_narrow(shares, block_m, block_n)
+        if plain & narrow:
+            row_share = tl.load(shares[0] + row + tl.arange(0, BLOCK_M)) * to_rows
+            col_share = tl.load(shares[2] + col + tl.arange(0, BLOCK_N)) * to_cols
+            if factors is None:
+                g = tl.exp2(z * signed_scale2 - shift) * (row_share[:, None] + col_share[None, :])
+            else:
+                row_factor = tl.load(factors[0] + row + tl.arange(0, BLOCK_M)) * signed_scale2
+                col_factor = tl.load(factors[1] + col + tl.arange(0, BLOCK_N))[None, :]
+                e = tl.exp2(z * row_factor[:, None] * col_factor - shift)
+                g = e * col_factor * ((row_share * row_factor)[:, None] + row_factor[:, None] * col_share[None, :])
+            sums += thread_sums(g * z, BLOCK_M, BLOCK_N, ROW_WARPS).to(tl.float64)
+            if USE_TMA:
+                # In halves, which take half the shared memory.
+                left, right = tl.split(tl.permute(tl.reshape(g, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+                h.store([row - row_begin, col - col_begin], left.to(h.dtype))
+                h.store([row - row_begin, col - col_begin + BLOCK_N // 2], right.to(h.dtype))
+            else:
+                h_ptrs = h_ptr + row.to(tl.int64) * stride_hm + col + tl.arange(0, BLOCK_M)[:, None] * stride_hm
+                tl.store(h_ptrs + tl.arange(0, BLOCK_N)[None, :], g.to(h_ptr.dtype.element_ty))
         else:
             part = store_general_tile(
-                z, scratch, rows, cols, h_ptr, row, col, distance, n, m, stride_hm, abs_scale2,
-                BLOCK_M, BLOCK_N, HAS_FACTORS, SAME,
+                z, scratch, rows, cols, h_ptr, row, col, distance, n, m, stride_hm, abs_scale2, negated,
+                BLOCK_M, BLOCK_N, factors is not None, SAME,
             )  # fmt: skip
             dscale += part.to(tl.float64)
-    if negated:
-        dscale = -dscale
     dscale_ptr += tl.program_id(0)
-    tl.store(dscale_ptr, tl.load(dscale_ptr) + dscale)
+    tl.store(dscale_ptr, tl.load(dscale_ptr) + dscale + tl.sum(tl.sum(tl.sum(sums, 2), 1), 0))
 
 
 @triton.jit(do_not_specialize=["n", "m", "diag_offset"])
@@ -224,6 +257,7 @@ def accumulate_kernel(
     scale_ptr,  # []
     rows,  # [n, 4 or 6]
     cols,  # [m, 4 or 6]
+    shares,  # as gradient_kernel has them
     total_ptr,  # H y [n, d], float32
     dscale_ptr,  # [blocks of rows], float64, with HAS_DSCALE
     n,
@@ -262,12 +296,16 @@ def accumulate_kernel(
             z = with_factors(z, rows, cols, row, col, n, m, BLOCK_M, BLOCK_N, SAME)
         if negated:
             z = -z
-        low, high = tl.min(z), tl.max(z)
         plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
         if SAME != NO_IDS:
             plain = plain & distinct
-        if plain & ((high - low) * abs_scale2 < MAX_SPREAD):
-            h = narrow_gradient(z, finite(high), rows, cols, row, col, n, m, abs_scale2, BLOCK_M, BLOCK_N, SAME)
+        narrow, shift, to_rows, to_cols = is_narrow(shares, tl.program_id(0), col // BLOCK_N)
+        if plain & narrow:
+            row_share = load_part(shares[0], row, n, BLOCK_M) * to_rows
+            col_share = load_part(shares[2], col, m, BLOCK_N) * to_cols
+            h = tl.exp2(z * abs_scale2 - shift) * (row_share[:, None] + col_share[None, :])
+            if HAS_FACTORS:
+                h *= tl.where(negated, -abs_scale2, abs_scale2)
         else:
             h = general_gradient(z, rows, cols, row, col, distance, n, m, abs_scale2, BLOCK_M, BLOCK_N, SAME)
         dscale += inner_product(h, z, row, col, n, m, BLOCK_M, BLOCK_N).to(tl.float64)

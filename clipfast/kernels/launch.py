@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from clipfast import tuning
@@ -15,15 +16,16 @@ from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidP
 from clipfast.kernels.chunks import Products, without_products
 from clipfast.kernels.distillation import distillation_kernel
 from clipfast.kernels.gradient import VECTORS, VECTORS_WITH_IDS, accumulate_kernel, gradient_kernel
-from clipfast.kernels.operands import VECTOR_BLOCK, Operands, blocks, nearest_offset, on, pair
+from clipfast.kernels.operands import VECTOR_BLOCK, Operands, blocks, h_tile, nearest_offset, on, pair
 from clipfast.kernels.ranks import NO_KEY, SIGN_BIT, matches_kernel
 from clipfast.kernels.sigmoid import sigmoid_kernel
 from clipfast.kernels.statistics import merge_kernel, statistics_kernel
 from clipfast.kernels.tiles import IGNORED, NO_IDS, POSITIVES
-from clipfast.kernels.vectors import AMPLIFIER, prepare_kernel, unit_kernel
+from clipfast.kernels.vectors import AMPLIFIER, prepare_kernel, share_kernel, unit_kernel
 from clipfast.tuning import Config
 
 UNIT_BLOCK = 1024
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def forward(
@@ -103,11 +105,16 @@ def backward(
     """
     if strategy not in tuning.STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}; accepted are {', '.join(map(repr, tuning.STRATEGIES))}")
+    # What compiles for a GPU that is not there may compile it.
+    if block.x.is_cuda and (
+        reason := tuning.reason_against_strategy(strategy, tuning.describe(block.x.device), TRITON_VERSION)
+    ):
+        raise ValueError(f"strategy: {strategy!r} {reason}")
     with on(block.x.device):
         unit = _unit(weights, pair(weights.row_target, weights.col_target)) if _needs_unit(block) else None
         rows, cols = _vectors(block, weights, unit)
         operands = Operands.of(block.x, block.y, precision)
-        pass_ = Pass(block, rows, cols, Products(block, operands, dtype or block.x.dtype, unit))
+        pass_ = Pass(block, weights, rows, cols, Products(block, operands, dtype or block.x.dtype, unit))
         dx, dy, dscale = pass_.by_chunks(config, workspace) if strategy == "chunks" else pass_.in_registers(config)
         return Gradients(dx, dy, (dscale if unit is None else dscale * unit).to(block.scale.dtype))
 
@@ -117,6 +124,7 @@ class Pass:
     """One backward pass of the softmaxes: what both strategies need."""
 
     block: Block
+    weights: Weights
     rows: Tensor  # [n, 4 or 6]
     cols: Tensor  # [m, 4 or 6]
     products: Products
@@ -127,17 +135,28 @@ class Pass:
 
     def by_chunks(self, config: Config | None, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
         """H a chunk at a time, which the vendor's product uses."""
-        x = self.operands.x
+        x, block = self.operands.x, self.block
         config = config or self.operands.choose("gradient")
-        shape = tuning.chunk_shape(self.block.n, self.block.m, x.dtype.itemsize, workspace)
+        shape = tuning.chunk_shape(block.n, block.m, x.dtype.itemsize, workspace)
         programs = tuning.persistent_programs(*shape, config, tuning.describe(x.device).processors)
         dscale = x.new_zeros(programs, dtype=torch.float64)
         scratch = x.new_empty((programs, config.tile_scratch), dtype=torch.float32)
+        h_buffer = self.products.buffer(shape)
+        # What all launches have in common is made once: a chunk takes little longer on the device than on the host.
+        fixed = (
+            *(*self.operands.tiles(config), block.scale, self.rows, self.cols, self._shares(config)),
+            *(pair(block.x_factor, block.y_factor), h_tile(h_buffer, config), h_buffer, dscale, scratch),
+        )
+        numbers = self.operands.d, nearest_offset(block)
+        strides = *self.operands.strides, h_buffer.stride(0)
+        options = self.operands.options(config)
+        options |= {"USE_TMA": config.tma, "SAME": _same(block), "ROW_WARPS": config.row_warps}
+        launch = gradient_kernel[(programs,)]
 
         def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
-            self._gradient(config, rows, cols, h, dscale, scratch)
+            launch(*fixed, rows.stop, cols.stop, *numbers, rows.start, cols.start, *strides, **options)
 
-        return *self.products.by_chunks(shape, fill), dscale.sum()
+        return *self.products.by_chunks(shape, h_buffer, fill), dscale.sum()
 
     def in_registers(self, config: Config | None) -> tuple[Tensor, Tensor, Tensor]:
         """Each tower's H y by one kernel; the totals pass through memory once, H never."""
@@ -145,34 +164,30 @@ class Pass:
         config = config or self.operands.choose("accumulate")
         offset = nearest_offset(self.block)
         dscale = dx.new_empty(blocks(len(dx), config.block_m), dtype=torch.float64)
-        total = self._accumulate(config, self.operands, self.rows, self.cols, offset, dx, dscale)
+        shares = self._shares(config)
+        total = self._accumulate(config, self.operands, self.rows, self.cols, shares, offset, dx, dscale)
         self.products.finish_rows(total, dx, 0)
-        total = self._accumulate(config, self.operands.swapped(), self.cols, self.rows, -offset, dy, None)
+        shares = self._shares(config, swapped=True)
+        total = self._accumulate(config, self.operands.swapped(), self.cols, self.rows, shares, -offset, dy, None)
         self.products.finish_cols(total, dy)
         return dx, dy, dscale.sum()
 
-    def _gradient(
-        self,
-        config: Config,
-        rows: slice,
-        cols: slice,
-        h: Tensor | None,  # [rows, cols]
-        dscale: Tensor,  # [programs]
-        scratch: Tensor,  # [programs, tile_scratch]
-    ) -> None:
-        assert h is not None
-        chunk = self.operands.part(rows, cols)
-        gradient_kernel[(len(dscale),)](
-            *chunk.tiles(config),
-            *(self.block.scale, self.rows[rows], self.cols[cols], h, dscale, scratch),
-            *(*h.shape, chunk.d, nearest_offset(self.block) + rows.start - cols.start),
-            *chunk.strides,
-            h.stride(0),
-            **chunk.options(config),
-            USE_TMA=config.tma,
+    def _shares(self, config: Config, swapped: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What tiles of the config take for both sides, of the columns first if `swapped`; see share_kernel."""
+        n, m, new, weights = self.block.n, self.block.m, self.block.scale.new_empty, self.weights
+        sides = [(weights.row_lse, weights.row_weight, n), (weights.col_lse, weights.col_weight, m)]
+        (lse, weight, length), (other_lse, other_weight, other_length) = sides[::-1] if swapped else sides
+        counts = blocks(length, config.block_m), blocks(other_length, config.block_n)
+        shares = new(length), new((counts[0], 2)), new(other_length), new((counts[1], 2))
+        share_kernel[(sum(counts),)](
+            *((lse.contiguous(), other_lse.contiguous()), (weight.contiguous(), other_weight.contiguous())),
+            *(shares, self.block.scale, self.block.bias, self.products.unit, length, other_length),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
             HAS_FACTORS=self.block.x_factor is not None,
-            SAME=_same(self.block),
+            HAS_UNIT=self.products.unit is not None,
         )
+        return shares
 
     def _accumulate(
         self,
@@ -180,6 +195,7 @@ class Pass:
         operands: Operands,
         rows: Tensor,  # [n, 4 or 6]
         cols: Tensor,  # [m, 4 or 6]
+        shares: tuple[Tensor, Tensor, Tensor, Tensor],
         diag_offset: int,
         out: Tensor,  # [n, d], only for its dtype if that is not float32
         dscale: Tensor | None,  # [blocks of rows]
@@ -187,7 +203,7 @@ class Pass:
         n, d = out.shape
         total = out if out.dtype == torch.float32 else out.new_empty((n, d), dtype=torch.float32)
         accumulate_kernel[(blocks(n, config.block_m), blocks(d, config.block_out))](
-            *(operands.x, operands.y, self.block.scale, rows, cols, total, dscale),
+            *(operands.x, operands.y, self.block.scale, rows, cols, shares, total, dscale),
             *(n, len(cols), d, diag_offset),
             *operands.strides,
             **operands.options(config),
@@ -246,7 +262,8 @@ def sigmoid(
         of_h = x.new_full(
             (), unit / AMPLIFIER.value if operands.x.dtype == torch.float16 else unit, dtype=torch.float32
         )
-        dx, dy = Products(block, operands, dtype, of_h).by_chunks(shape, fill)
+        products = Products(block, operands, dtype, of_h)
+        dx, dy = products.by_chunks(shape, products.buffer(shape), fill)
         dbias, dscale = (sums.sum(dim=0) * unit).unbind()
         return SigmoidPass(row_loss, Gradients(dx, dy, dscale.to(block.scale.dtype)), dbias)
 
@@ -303,7 +320,8 @@ def distillation(
 
         got = None
         if gradients:
-            dx, dy = Products(block, operands, dtype, unit).by_chunks(shape, fill)
+            products = Products(block, operands, dtype, unit)
+            dx, dy = products.by_chunks(shape, products.buffer(shape), fill)
             total = dscale.sum() if unit is None else dscale.sum() * unit
             got = Gradients(dx, dy, total.to(block.scale.dtype))
         else:

@@ -75,6 +75,15 @@ class Operands:
         return Operands(self.x[rows], self.y[cols], self.precision)
 
 
+def h_tile(h: Tensor, config: Config) -> TensorDescriptor | None:  # [rows, cols], each row aligned
+    """How the kernels store half a tile of H where the configuration has tensor descriptors."""
+    return (
+        TensorDescriptor(h, list(h.shape), list(h.stride()), [config.block_m, config.block_n // 2])
+        if config.tma
+        else None
+    )
+
+
 def nearest_offset(block: Block) -> int:
     """The diagonal's offset as 32 bits hold it: beyond the block all are alike."""
     return min(max(block.diag_offset, -block.n), block.m)

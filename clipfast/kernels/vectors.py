@@ -5,12 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clipfast.kernels.tiles import INFINITY, LARGEST, SMALLEST_SCALE
+from clipfast.kernels.tiles import INFINITY, LARGEST, SMALLEST_SCALE, signed_scale
 
 # float16 has no range to spare: G, at most 2 in units of its largest weight, is stored times this. See unit_kernel.
 AMPLIFIER = tl.constexpr(16384.0)
 
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)  # float32
+
+# In log2 units: from a tile's shift to the largest of its exponentials and to the smallest of its shares.
+NARROW_RANGE = tl.constexpr(120.0)
+LARGEST_SHARE = tl.constexpr(2.0**100)
 
 # The factor of a row whose norm was raised to 1e-12; it does not depend on the row.
 CLAMPED_FACTOR = tl.constexpr(0.999999e12)
@@ -50,10 +54,9 @@ def unit_kernel(
 
 @triton.jit
 def centre_and_weight(lse, weight, scale, bias):
-    """c and w' with w' exp2((z - c) scale2) = w exp(L - lse), up to one rounding of w'; everything is float64 here.
+    """c and w' with w' exp2((z - c) scale2) = w exp(L - lse), up to one rounding of c; everything is float64 here.
 
-    c may be any number near (lse - bias) / scale: w' makes up for what is missing. Where the weight is 0 the centre is
-    infinite, which makes every exponential 0, so that an infinite logit does no harm.
+    c may be any number near (lse - bias) / scale: w' makes up for what is missing. It has the scale's sign, as z has.
     """
     # What signed_scale takes for 0 is 0 here, too: a centre of (lse - bias) / scale would overflow.
     no_scale = tl.abs(scale) < SMALLEST_SCALE
@@ -63,8 +66,7 @@ def centre_and_weight(lse, weight, scale, bias):
     # Beyond any rounding of a meaningful logit it is float64's own rounding of a huge one.
     limit = tl.where(no_scale, INFINITY, 64.0)
     gap = tl.where((tl.abs(gap) > limit) & (tl.abs(centre) < LARGEST), 0.0, gap)
-    centre = tl.where(weight == 0, INFINITY, tl.where(scale < 0, -centre, centre))
-    return centre, tl.where(weight == 0, 0.0, weight * tl.exp(gap)).to(tl.float32)
+    return tl.where(scale < 0, -centre, centre), tl.where(weight == 0, 0.0, weight * tl.exp(gap))
 
 
 @triton.jit
@@ -75,7 +77,10 @@ def prepare_side(
     inside = offs < length
     lse = tl.load(lse_ptr + offs, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + offs, mask=inside, other=0.0)
+    # Where the weight is 0 an infinite centre makes every exponential 0, so that an infinite logit does no harm.
+    zero = weight == 0
     centre, weight = centre_and_weight(lse, weight / unit, scale, bias)
+    centre, weight = tl.where(zero, INFINITY, centre), weight.to(tl.float32)
     positive = tl.load(positive_ptr, mask=own, other=0.0) / unit
     factor = tl.full(offs.shape, 1.0, tl.float32)
     if HAS_FACTORS:
@@ -148,6 +153,74 @@ def prepare_kernel(
         )
         if ids is not None:
             prepare_ids(ids, targets, cols, offs, m, unit, 1, WIDTH)
+
+
+@triton.jit
+def share_side(lse_ptr, weight_ptr, share_ptr, shift_ptr, block, length, scale, bias, unit, BLOCK: tl.constexpr,
+               HAS_FACTORS: tl.constexpr):  # fmt: skip
+    """One block of a side; see share_kernel."""
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < length
+    lse = tl.load(lse_ptr + offs, mask=inside, other=0.0)
+    centre, weight = centre_and_weight(lse, tl.load(weight_ptr + offs, mask=inside, other=0.0) / unit, scale, bias)
+    abs_scale2, negated = signed_scale(scale.to(tl.float32))
+    centre = centre.to(tl.float64) * abs_scale2.to(tl.float64)
+    bound = (tl.abs(lse) < INFINITY) & (tl.abs(centre) < LARGEST)
+    top = tl.max(tl.where(inside & bound, centre, -LARGEST), 0)
+    bottom = tl.min(tl.where(inside & bound, centre, LARGEST), 0)
+    shift = tl.minimum(tl.maximum(top - NARROW_RANGE / 2, 0.0), bottom).to(tl.float32)
+    share = weight * tl.exp2(shift.to(tl.float64) - centre)
+    if HAS_FACTORS:
+        share /= tl.where(negated, -abs_scale2, abs_scale2).to(tl.float64)
+    size = tl.abs(share)
+    smallest = tl.min(tl.where(size > 0, size, 1.0), 0)
+    least = tl.maximum(top, shift.to(tl.float64) - tl.log2(smallest)) - NARROW_RANGE
+    # One that is not bound, or not finite, leaves the block to the tiles that take each row and column by itself.
+    good = bound & (size < tl.where(tl.abs(scale) < SMALLEST_SCALE, 0.0, LARGEST_SHARE))
+    least = tl.where(tl.max((inside & (good == 0)).to(tl.int32), 0) == 0, least, INFINITY)
+    tl.store(share_ptr + offs, tl.where(good, share, 0.0).to(tl.float32), mask=inside)
+    tl.store(shift_ptr + 2 * block, shift)
+    tl.store(shift_ptr + 2 * block + 1, least.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def share_kernel(
+    lse,  # ([n], [m]), float64
+    weight,  # ([n], [m]), float64
+    shares,  # ([n], [blocks of n, 2], [m], [blocks of m, 2])
+    scale_ptr,  # []
+    bias_ptr,  # []
+    unit_ptr,  # [], with HAS_UNIT
+    n,
+    m,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+):
+    """What a tile of negatives needs for both exponentials in one, decided per block before any product is formed.
+
+    In log2 units a negative is at most its row's and its column's centre c, as a logsumexp is at least each of its
+    terms. So with a shift K that lies below all centres of a block of rows and of a block of columns, but by no more
+    than NARROW_RANGE, exp2(z - K) does not overflow, and where it underflows so does every exp2(z - c), to less than
+    2^-126. G is exp2(z - K) (share_i + share_j) with shares w' exp2(K - c), which must be normal numbers, too.
+
+    A block has its own K, the nearest to 0 where z itself loses least, and the least that will do, infinite if none
+    does; a tile takes the smaller K of its two blocks. With factors, shares are in units of 1 / scale2: see
+    gradient_kernel. The first programs take rows, the others columns.
+    """
+    scale, bias = tl.load(scale_ptr).to(tl.float64), tl.load(bias_ptr).to(tl.float64)
+    unit = tl.full((), 1.0, tl.float64)
+    if HAS_UNIT:
+        unit = tl.load(unit_ptr).to(tl.float64)
+    row_blocks = tl.cdiv(n, BLOCK_M)
+    block = tl.program_id(0)
+    if block < row_blocks:
+        share_side(lse[0], weight[0], shares[0], shares[1], block, n, scale, bias, unit, BLOCK_M, HAS_FACTORS)
+    else:
+        share_side(
+            lse[1], weight[1], shares[2], shares[3], block - row_blocks, m, scale, bias, unit, BLOCK_N, HAS_FACTORS
+        )
 
 
 @triton.jit(do_not_specialize=["count", "row_begin"])
