@@ -26,6 +26,7 @@ from tqdm import tqdm
 from benchmarks import cycles, machine_code
 from benchmarks.cycles import Timed
 from clipfast import tuning
+from clipfast.backends import triton
 from clipfast.block import IGNORE, SAME_IDS, Block, Matches, Weights
 from clipfast.tuning import Config, Device
 
@@ -45,6 +46,9 @@ MATRIX_INSTRUCTIONS = {
 }
 MAX_STACK = 16  # bytes; above it, registers were spilled,
 MAX_STACK_OFF_PATH = 96  # which may be where few tiles go
+# Issue slots per logit, at most, without and with norms: of the table's first configuration for sm_90 and halves, as
+# Triton 3.9 and later compile it.
+BARS = {"statistics": (9.5, 11.5), "gradient": (9.5, 12.0)}
 WIDTHS = (512, 101)  # d with aligned rows, and without, where pointers take the most registers
 ROWS = 512
 
@@ -78,6 +82,14 @@ class Case:
     def logits(self) -> int:
         """Of a tile, per thread."""
         return self.config.block_m * self.config.block_n // (machine_code.WARP * self.config.num_warps)
+
+    @property
+    def bar(self) -> float | None:
+        """The most slots per logit that it may ship with; None for any."""
+        kernel = self.config.kernel
+        first = tuning.choose(kernel, DEVICES["sm_90"], 2, WIDTHS[0]).config
+        barred = kernel in BARS and self.config == first and (self.d, self.option) == (WIDTHS[0], "")
+        return BARS[kernel][self.factors] if barred and triton._triton_version() >= (3, 9) else None
 
     def __str__(self) -> str:
         config = self.config
@@ -114,6 +126,9 @@ class Compiled:
         # Real float32 has no matrix instruction on NVIDIA.
         if not self.matrix_instructions and (self.case.dtype, self.case.precision) != (torch.float32, "ieee"):
             faults.append(f"no {MATRIX_INSTRUCTIONS[device.architecture]}")
+        if self.case.bar and not (self.slots and self.slots <= self.case.bar):
+            counted = "no common path" if self.slots is None else f"{self.slots:.2f} slots per logit"
+            faults.append(f"{counted}, of {self.case.bar}")
         return "; ".join(faults)
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,6 +57,35 @@ def test_every_configuration_may_ship(architecture: str) -> None:
 def test_every_configuration_of_the_family_may_ship() -> None:
     """On one architecture: the others take a quarter of an hour, by `python -m benchmarks compile-report`."""
     compiled("sm_90")
+
+
+@pytest.mark.skipif(triton._triton_version() < (3, 9), reason="the bars are for Triton 3.9")
+def test_the_first_configurations_keep_their_bars() -> None:
+    """Slots per logit, which no later change may lose unseen."""
+    barred = [case for case in compile_report.cases(["sm_90"], plain=True) if case.bar]
+    assert [(case.config.kernel, case.factors, case.bar) for case in barred] == [
+        ("statistics", False, 9.5),
+        ("statistics", True, 11.5),
+        ("gradient", False, 9.5),
+        ("gradient", True, 12.0),
+    ]
+    program = """
+from benchmarks import compile_report as c
+for case in c.cases(["sm_90"], plain=True):
+    if case.bar:
+        print(case, c.compile_case(case).fault, sep=": ")
+"""
+    assert in_a_process(program).splitlines() == [f"{case}: " for case in barred]
+
+
+@pytest.mark.skipif(triton._triton_version() < (3, 9), reason="the bars are for Triton 3.9")
+@pytest.mark.parametrize(
+    ("slots", "fault"), [(9.5, ""), (9.51, "9.51 slots per logit, of 9.5"), (None, "no common path, of 9.5")]
+)
+def test_a_lost_bar_is_a_fault(slots: float | None, fault: str) -> None:
+    case = next(case for case in compile_report.cases(["sm_90"], plain=True) if case.bar)
+    assert Compiled(case, 128, 0, 1 << 10, 4, slots=slots).fault == fault
+    assert Compiled(replace(case, d=101), 128, 0, 1 << 10, 4).fault == ""
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
