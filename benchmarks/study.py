@@ -81,8 +81,10 @@ def cost(loss_sizes: Sequence[int] = LOSS_SIZES, step_sizes: Sequence[int] = STE
     cases = [("loss", loss_cost, name, n) for n in loss_sizes for name in LOSSES]
     cases += [("step", step_cost, name, n) for n in step_sizes for name in (*LOSSES, CACHED)]
     rows = []
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["benchmarks.study"])  # imports torch once
     for part, call, name, n in cases:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, mp_context=server) as pool:
             rows.append({"part": part, "how": name, "n": n} | pool.submit(call, name, n).result())
         print(rows[-1], file=sys.stderr)
     return rows
