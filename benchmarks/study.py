@@ -28,7 +28,7 @@ from benchmarks import environment
 from benchmarks.baselines import Loss, open_clip_formula
 from clipfast.training.sources import WebDataset
 
-LOSS_SIZES, STEP_SIZES, WIDTH, MICRO_BATCH = (1024, 4096, 8192), (512, 2048), 512, 64
+LOSS_SIZES, STEP_SIZES, WIDTH, MICRO_BATCH = (1024, 4096, 8192), (256, 1024), 512, 64
 RECALL_SIZES, EPOCHS = (64, 256, 1024, 4096), 8
 LR, LR_BATCH = 1e-3, 256  # the rate follows the square root of the batch
 DENSE, CLIPFAST, CACHED = "dense", "clipfast", "clipfast, cached step"

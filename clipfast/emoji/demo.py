@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 from clipfast.emoji.data import Concept, Pairs, Tokenizer, augment, draw, read_concepts, require, split, to_float
 from clipfast.emoji.encoder import DrawingEncoder
@@ -242,14 +242,26 @@ class Run:
         return normalize(torch.stack([self.model.encode_image(view) for view in views]).sum(dim=0), dim=-1)
 
     @torch.no_grad()
-    def _kinds(self) -> Tensor:  # [kinds, d]
-        """A classifier of words: the prompts of a kind are captions that say it of training concepts."""
-        weights = []
-        for place, kind in enumerate(KINDS):
-            known = [self.emoji.concepts[index] for index in self.training]
-            prompts = [f"{concept.name}, {{}}" for concept in known if kind_of(concept) == place]
-            weights.append(zero_shot_weights(self.model, self.tokenize, [kind], prompts or PROMPTS))
-        return torch.cat(weights)
+    def _kinds(self, images: Tensor) -> Tensor:  # [n, kinds]
+        """Probabilities of the kinds: of what was said of the training concepts, those texts that say the kind.
+
+        No text says two kinds, so they add up to 1.
+        """
+        known = [self.emoji.concepts[index] for index in self.training]
+        kinds = torch.tensor([kind_of(concept) for concept in known])
+        if self.demo.text == "minilm":
+            tokens = torch.stack(list(self.texts.values()))
+        else:
+            tokens = self.tokenize([f"{concept.name}, {list(KINDS)[kind_of(concept)]}" for concept in known])
+        logits = self.model.head.logit_scale.exp() * images @ self.model.encode_text(tokens).T
+        return logits.softmax(dim=-1) @ one_hot(kinds, len(KINDS)).float()
+
+    @torch.no_grad()
+    def _names(self, images: Tensor) -> Tensor:  # [n, held-out]
+        """Probabilities of the held-out names."""
+        names = [concept.name for concept in self.held_out]
+        weights = zero_shot_weights(self.model, self.tokenize, names, PROMPTS)
+        return (self.model.head.logit_scale.exp() * images @ weights.T).softmax(dim=-1)
 
     @torch.no_grad()
     def result(self) -> dict[str, Any]:
@@ -257,8 +269,7 @@ class Run:
         images, names = self._ask(self.held_out), [concept.name for concept in self.held_out]
         prompts = zero_shot_weights(self.model, self.tokenize, names, PROMPTS)
         recall = retrieval_metrics(images, prompts)
-        scale = self.model.head.logit_scale.exp()
-        kinds = (scale * images @ self._kinds().T).softmax(dim=-1)
+        kinds = self._kinds(images)
         bare = images @ zero_shot_weights(self.model, self.tokenize, list(KINDS), PROMPTS).T
         right = torch.tensor([kind_of(concept) for concept in self.held_out])
         best, phrases = kinds.max(dim=-1), list(KINDS)
@@ -278,14 +289,15 @@ class Run:
         }
 
     def draw(self, path: Path) -> None:
-        """The first held-out drawings with their best names; see `pictures.plot_retrieval`."""
-        pictures = require("clipfast.emoji.pictures")
-        shown, names = self.held_out[:SHEET_PICTURES], [concept.name for concept in self.held_out]
-        weights = zero_shot_weights(self.model, self.tokenize, names, PROMPTS)
+        """What the first held-out drawings are taken for; see `pictures.plot_answers`."""
+        shown = self.held_out[:SHEET_PICTURES]
+        images = self._ask(self.held_out)[: len(shown)]  # the same views as in the result
+        questions = [
+            (self._kinds(images), list(KINDS), [kind_of(concept) for concept in shown]),
+            (self._names(images), [concept.name for concept in self.held_out], list(range(len(shown)))),
+        ]
         large = draw([concept.pictures[0].file for concept in shown], SHEET_PIXELS)
-        with torch.no_grad():
-            logits = self.model.head.logit_scale.exp() * self._ask(shown) @ weights.T
-        pictures.plot_retrieval(path, large, names, logits.softmax(dim=-1))
+        require("clipfast.emoji.pictures").plot_answers(path, large, questions)
 
 
 def run(demo: Demo, emoji: Emoji) -> dict[str, Any]:
