@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     many.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="processes; default: 1 2 3 4")
     many.add_argument("--out", type=Path, help=OUT)
     many.set_defaults(call=many_ranks)
-    brings = commands.add_parser("study", help="what a large batch costs and brings, for docs/batch-size.md")
+    brings = commands.add_parser("study", help="what a large batch costs and brings, in docs/batch-size.md")
     brings.add_argument("--shards", type=Path, help="folder that examples/emoji_shards.py made")
     brings.add_argument("--only", default="", choices=("cost", "recall"), help="the other part stays as --out has it")
     brings.add_argument("--out", type=Path, help="result file; default: in runs/benchmarks")

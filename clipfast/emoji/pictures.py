@@ -48,7 +48,7 @@ def plot_answers(path: Path, images: Tensor, questions: Sequence[Question]) -> N
     figure = Figure(figsize=(3.9 * columns, 1.95 * rows + 0.8), layout="constrained")
     figure.suptitle(
         f"Drawings the model never saw: what kind of thing is it, and which of {len(all_names)} unseen names?\n"
-        f"Of these {len(images)}: {counts[0]} kinds and {counts[1]} names right at once",
+        f"Of these {len(images)}: {counts[0]} kinds and {counts[1]} names right",
         fontsize=13,
     )
     figure.supxlabel(f"bars: probability, full width 100 %; green: right.  {CREDIT}", fontsize=8, color=NOTE)
