@@ -45,7 +45,8 @@ VOCAB_SIZE, CONTEXT_LENGTH = 2000, 32
 KEYWORD_CAPTIONS, KEYWORDS = 3, 3  # of each concept; in each caption
 SHEET_PICTURES, SHEET_PIXELS = 12, 144
 # Products of bfloat16 where the processor has them; elsewhere they would be slower than float32's.
-BFLOAT16 = bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
+CAPABILITIES: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+BFLOAT16 = bool(CAPABILITIES.get("avx512_bf16"))
 
 
 @dataclass(frozen=True)
