@@ -1,4 +1,4 @@
-"""`python -m benchmarks [run | gpu | report | memory | accuracy | options | scaling]`: measure, draw, report."""
+"""`python -m benchmarks [run | gpu | report | memory | accuracy | options | scaling | study]`: measure and draw."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from benchmarks import (
     options as loss_options,
     report,
     scaling,
+    study,
 )
 from benchmarks.cases import DTYPES, TF32, Case
 from benchmarks.run import Runner
@@ -97,6 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     many.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="processes; default: 1 2 3 4")
     many.add_argument("--out", type=Path, help=OUT)
     many.set_defaults(call=many_ranks)
+    brings = commands.add_parser("study", help="what a large batch costs and brings, in docs/batch-size.md")
+    brings.add_argument("--shards", type=Path, help="folder that examples/emoji_shards.py made")
+    brings.add_argument("--only", default="", choices=("cost", "recall"), help="the other part stays as --out has it")
+    brings.add_argument("--out", type=Path, help="result file; default: in runs/benchmarks")
+    brings.set_defaults(call=lambda options: study.main(options.shards, options.only, options.out))
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("--") and given[0] != "--help"):
         given.insert(0, "run")

@@ -28,7 +28,7 @@ def load() -> list[dict[str, Any]]:
         ValueError: one lacks the rows that README.md shows.
     """
     paths = sorted(environment.RESULTS.glob("*.json"))
-    others = ("accuracy-", "compile-", "memory-", "options-", "scaling-")
+    others = ("accuracy-", "compile-", "memory-", "options-", "scaling-", "study-", "emoji-")
     results = {path: json.loads(path.read_text()) for path in paths if not path.name.startswith(others)}
     for path, result in results.items():
         shown = {row["dtype"] for row in result["rows"] if (row["d"], row["scale"]) == (WIDTH, SCALE)}

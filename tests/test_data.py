@@ -106,6 +106,11 @@ def test_augment(concepts: list[Concept]) -> None:
     assert not torch.equal(out[0], out[1])
     white = augment(torch.full((4, 3, 32, 32), 255, dtype=torch.uint8), torch.Generator().manual_seed(0))
     assert not white.any()  # no dark edge comes in
+    mirrored = augment(pictures, torch.Generator().manual_seed(0), torch.arange(8) < 6)
+    same = [torch.equal(mirrored[i], augment(pictures, torch.Generator().manual_seed(0), torch.zeros(8).bool())[i])
+            for i in range(8)]  # fmt: skip
+    assert all(same[6:])
+    assert 0 < sum(same[:6]) < 6
     assert to_float(torch.tensor([0, 255])).tolist() == [-2, 0]
 
 

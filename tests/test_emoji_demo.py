@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from clipfast.emoji import demo as emoji_demo
 from clipfast.emoji.__main__ import main
 from clipfast.emoji.data import ARTISTS, Concept, read_concepts, split
-from clipfast.emoji.demo import TEXTS, Demo, captions_of, kind_of
+from clipfast.emoji.demo import TEXTS, Demo, captions_of, kind_of, may_be_mirrored
 from clipfast.emoji.encoder import DrawingEncoder
 from clipfast.emoji.minilm import MiniLM
 from clipfast.emoji.words import KINDS, words_of
@@ -39,6 +39,12 @@ def test_kinds(name: str, kind: str) -> None:
     assert list(KINDS)[kind_of(concept)] == kind
     assert f"{name}, {kind}" in captions_of(concept)
     assert name in captions_of(concept)
+
+
+def test_what_may_be_mirrored() -> None:
+    mirrored = {concept.name for concept in CONCEPTS if may_be_mirrored(concept)}
+    assert {"kangaroo", "teapot", "tulip"} <= mirrored
+    assert not {"left arrow", "flag: Kenya", "backhand index pointing left", "left-facing fist"} & mirrored
 
 
 def test_every_concept_has_words() -> None:

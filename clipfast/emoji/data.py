@@ -35,10 +35,10 @@ VARIANT = re.compile(r"(wo)?m[ae]n|person|people|boy|girl|facing right")
 GENDER = re.compile(r"\b((wo)?m[ae]n|boy|girl)\b")
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 
-MAX_TURN = math.radians(10)
-MAX_SHIFT = 0.1  # of half the picture
-ZOOM = (0.9, 1.15)
-GAIN = (0.85, 1.05)  # of each channel's distance to white
+MAX_TURN = math.radians(15)
+MAX_SHIFT = 0.15  # of half the picture
+ZOOM = (0.85, 1.22)
+GAIN = (0.78, 1.07)  # of each channel's distance to white
 
 
 def require(module: str) -> Any:
@@ -184,10 +184,10 @@ def to_float(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 2
 
 
-def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def augment(pictures: Tensor, generator: torch.Generator, mirrored: Tensor | None = None) -> Tensor:
     """uint8 pictures [n, 3, h, w] as the model sees them, each shifted, scaled, turned and recoloured a little.
 
-    They are not mirrored: left and right are words.
+    Those where `mirrored`, bool [n], is true are mirrored half of the time; left and right are words.
     """
     n = len(pictures)
 
@@ -197,7 +197,8 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     angle, zoom = uniform(-MAX_TURN, MAX_TURN), uniform(*ZOOM)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     shift = uniform(-MAX_SHIFT, MAX_SHIFT, 2)
-    affine = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], dim=1).view(n, 2, 3)
+    side = torch.ones(n) if mirrored is None else torch.where(mirrored & (uniform(0, 1) < 0.5), -1.0, 1.0)
+    affine = torch.stack([side * cos, -sin, shift[:, 0], side * sin, cos, shift[:, 1]], dim=1).view(n, 2, 3)
     # Beyond the edge grid_sample puts zeros, which are white here.
     grid = affine_grid(affine, list(pictures.shape), align_corners=False)
     moved = grid_sample(to_float(pictures), grid, align_corners=False)

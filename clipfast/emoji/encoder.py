@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-PATCH, WIDTHS = 4, (64, 128, 256)
+PATCH, WIDTHS = 4, (48, 96, 192)
 
 
 def _norm(convolution: nn.Conv2d) -> list[nn.Module]:
@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
 
 
 class DrawingEncoder(nn.Module):
-    """Patches of 4x4 pixels, then three stages of 64, 128 and 256 channels, then their mean over the picture.
+    """Patches of 4x4 pixels, then three stages of 48, 96 and 192 channels, then their mean over the picture.
 
     Patches let the first layers have many channels at few places, which a CPU multiplies fast.
     """
@@ -47,5 +47,5 @@ class DrawingEncoder(nn.Module):
             layers.append(BasicBlock(inputs, width, 1 if width == WIDTHS[0] else 2))
         self.layers, self.dropout = nn.Sequential(*layers), nn.Dropout(dropout)
 
-    def forward(self, images: Tensor) -> Tensor:  # [b, 3, h, w] -> [b, 256], h and w multiples of 16
+    def forward(self, images: Tensor) -> Tensor:  # [b, 3, h, w] -> [b, 192], h and w multiples of 16
         return cast(Tensor, self.dropout(self.layers(images).mean(dim=(2, 3))))

