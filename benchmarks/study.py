@@ -153,8 +153,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     values = [row[field] / unit for row in rows]
                     label = f"{part}: {name}"
                     axes.plot([row["n"] for row in rows], values, f"o{style}", color=f"C{color}", label=label)
-        axes.set(xscale="log", yscale="log", xlabel="batch size")
-        axes.set_xscale("log", base=2)
+        axes.set(xlabel="batch size")
+        if result["cost"]:
+            axes.set_yscale("log")
+            axes.set_xscale("log", base=2)
     memory.set(title="peak memory, MiB")
     memory.legend(frameon=False, fontsize=8)
     seconds.set(title="forward and backward, s")
@@ -163,7 +165,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         label = name.replace("_", " ")
         learned.plot([row["n"] for row in result["recall"]], values, "o-", label=label)
     learned.set(title="held-out recall, %", xlabel="batch size, equal epochs", ylim=(0, None))
-    learned.set_xscale("log", base=2)
+    if result["recall"]:
+        learned.set_xscale("log", base=2)
     learned.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
 
