@@ -87,9 +87,10 @@ class Case:
     def bar(self) -> float | None:
         """The most slots per logit that it may ship with; None for any."""
         kernel = self.config.kernel
+        if kernel not in BARS or (self.d, self.option) != (WIDTHS[0], "") or triton._triton_version() < (3, 9):
+            return None
         first = tuning.choose(kernel, DEVICES["sm_90"], 2, WIDTHS[0]).config
-        barred = kernel in BARS and self.config == first and (self.d, self.option) == (WIDTHS[0], "")
-        return BARS[kernel][self.factors] if barred and triton._triton_version() >= (3, 9) else None
+        return BARS[kernel][self.factors] if self.config == first else None
 
     def __str__(self) -> str:
         config = self.config

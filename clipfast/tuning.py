@@ -2,7 +2,7 @@
 
 No figure here was measured. Each configuration was compiled for its architecture without spills, within its shared
 memory and with its matrix instructions (python -m benchmarks compile-report); the order among them is a guess until
-a search has been run on the device (python -m benchmarks gpu --tune), which prints the lines that belong here.
+a search has been run on the device (python -m benchmarks gpu), which prints the lines that belong here.
 """
 
 from __future__ import annotations
