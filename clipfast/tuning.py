@@ -247,7 +247,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("statistics", "sm_90", 4, 64, 64, 32, 8, 3),
     Config("gradient", "sm_90", 4, 128, 64, 32, 8, 3),
     Config("accumulate", "sm_90", 4, 64, 64, 32, 8, 1, block_out=64),
-    Config("ranks", "sm_90", 4, 64, 64, 16, 8, 3),
+    Config("ranks", "sm_90", 4, 64, 32, 32, 8, 3),
     Config("sigmoid", "sm_90", 4, 64, 64, 32, 8, 3),
     Config("distillation", "sm_90", 4, 64, 64, 32, 8, 2),
     Config("statistics", "sm_100", 2, 128, 64, 64, 8, 4, tma=True),

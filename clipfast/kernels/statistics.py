@@ -234,12 +234,15 @@ def statistics_kernel(
                 z *= load_part(y_factor, col, m, BLOCK_N)[None, :]
             distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
             plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
+            countable = plain
             if ids is not None:
-                plain = plain & distinct
+                countable = plain & distinct
+            if IGNORES:
+                plain = countable
             if negated:
                 z = -z
             if ranks is not None:
-                if plain:
+                if countable:
                     count_plain_tile(z, ranks, scale, row, col, n, m, BLOCK_M, BLOCK_N)
                 else:
                     count_general_tile(
