@@ -263,7 +263,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("statistics", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("gradient", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("accumulate", "sm_100", 4, 64, 64, 32, 8, 1, block_out=64),
-    Config("ranks", "sm_100", 4, 64, 64, 16, 8, 3),
+    Config("ranks", "sm_100", 4, 64, 32, 32, 8, 3),
     Config("sigmoid", "sm_100", 4, 64, 32, 32, 8, 3),
     Config("distillation", "sm_100", 4, 64, 64, 32, 8, 2),
     Config("statistics", "gfx942", 2, 128, 128, 32, 8, 2),
