@@ -40,7 +40,8 @@ def compiled(architecture: str, *plain: str) -> None:
     assert len(rows) == len(compile_report.cases([architecture], bool(plain)))
     if architecture != "gfx942":
         uncounted = [row for row in rows if row.split()[-2] == "-" and " ieee" not in row]
-        assert not [row for row in uncounted if "matches" not in row], "no common path was found"
+        without = (" matches ", " projection ")  # exponentials, by which the path is found
+        assert not [row for row in uncounted if not any(name in row for name in without)], "no common path was found"
     if architecture == "sm_90":
         assert "of the tensor peak at 4 P" in done.stdout
 
