@@ -26,7 +26,6 @@ from tqdm import tqdm
 from benchmarks import cycles, machine_code
 from benchmarks.cycles import Timed
 from clipfast import tuning
-from clipfast.backends import triton
 from clipfast.block import IGNORE, SAME_IDS, Block, Matches, Weights
 from clipfast.tuning import Config, Device
 
@@ -46,7 +45,6 @@ MATRIX_INSTRUCTIONS = {
 }
 MAX_STACK = 16  # bytes; above it, registers were spilled,
 MAX_STACK_OFF_PATH = 96  # which may be where few tiles go
-MAX_STACK_OF_TWO = 32  # of two programs with all registers, below Triton 3.9, whose counts have no bar either
 # Issue slots per logit, at most, without and with norms: of the table's first configuration for sm_90 and halves, as
 # Triton 3.9 and later compile it.
 BARS = {"statistics": (9.5, 11.5), "gradient": (9.5, 12.0)}
@@ -88,7 +86,7 @@ class Case:
     def bar(self) -> float | None:
         """The most slots per logit that it may ship with; None for any."""
         kernel = self.config.kernel
-        if kernel not in BARS or (self.d, self.option) != (WIDTHS[0], "") or triton._triton_version() < (3, 9):
+        if kernel not in BARS or (self.d, self.option) != (WIDTHS[0], "") or tuning.triton_version() < (3, 9):
             return None
         first = tuning.choose(kernel, DEVICES["sm_90"], 2, WIDTHS[0]).config
         return BARS[kernel][self.factors] if self.config == first else None
@@ -121,8 +119,7 @@ class Compiled:
         """Why it may not ship; empty if it may."""
         device = DEVICES[self.case.config.architecture]
         faults = []
-        of_two = self.case.config.per_processor > 1 and triton._triton_version() < (3, 9)
-        if self.stack > (MAX_STACK_OFF_PATH if self.spills == 0 else MAX_STACK_OF_TWO if of_two else MAX_STACK):
+        if self.stack > (MAX_STACK_OFF_PATH if self.spills == 0 else MAX_STACK):
             faults.append(f"a stack of {self.stack} bytes")
         if self.shared > device.shared_bytes:
             faults.append(f"{self.shared} bytes of shared memory, of {device.shared_bytes}")
@@ -154,6 +151,8 @@ def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) ->
     found = []
     for config in (*tuning.CONFIGS, *projection.CONFIGS):
         if config.architecture not in architectures or (plain and config.kernel not in PLAIN_KERNELS):
+            continue
+        if tuning.triton_version() < config.min_triton:
             continue
         any_rows = not (config.tma or config.aligned)
         first, *options = OPTIONS[config.kernel]

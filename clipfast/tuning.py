@@ -7,9 +7,11 @@ a search has been run on the device (python -m benchmarks gpu), which prints the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 
@@ -51,6 +53,7 @@ class Config:
     max_d: int = 0  # 0: any d
     block_out: int = 0  # accumulate: columns of dx per program
     per_processor: int = 1  # programs per multiprocessor
+    min_triton: tuple[int, ...] = ()  # an older one spills registers
     source: str = UNMEASURED
 
     @property
@@ -109,10 +112,23 @@ def describe(device: torch.device) -> Device:
     return Device(architecture, properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
+@functools.cache
+def triton_version() -> tuple[int, ...]:
+    """Of the installed Triton, as (major, minor); empty if there is none."""
+    # ROCm's and nightly builds of torch bring triton under other distribution names.
+    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return tuple(int(part) for part in metadata.version(distribution).split(".")[:2])
+    return ()
+
+
 def reason_against(config: Config, device: Device, itemsize: int, d: int, aligned_rows: bool) -> str:
     """Why this configuration does not serve; empty if it does. Aligned rows: contiguous, each at 16 bytes."""
     if config.architecture != device.architecture:
         return f"is for {config.architecture}, the device is {device.architecture}"
+    if triton_version() < config.min_triton:
+        oldest, found = (".".join(map(str, version)) for version in (config.min_triton, triton_version()))
+        return f"spills registers below Triton {oldest}, this is {found or 'none'}"
     if config.itemsize not in (0, itemsize):
         return f"is for operands of {config.itemsize} bytes, these have {itemsize}"
     if config.max_d and d > config.max_d:
@@ -234,7 +250,8 @@ CONFIGS: tuple[Config, ...] = (
     Config("ranks", "sm_80", 4, 128, 32, 32, 8, 3),
     Config("sigmoid", "sm_80", 4, 128, 64, 32, 8, 3),
     Config("distillation", "sm_80", 4, 64, 64, 32, 8, 2),
-    Config("statistics", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2),
+    Config("statistics", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
+    Config("statistics", "sm_90", 2, 128, 128, 64, 8, 3, tma=True),
     Config("statistics", "sm_90", 2, 128, 64, 64, 8, 3),
     Config("gradient", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2),
     Config("gradient", "sm_90", 2, 128, 64, 32, 8, 3),

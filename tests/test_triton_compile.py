@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import compile_report
 from benchmarks.compile_report import Case, Compiled
-from clipfast.backends import triton
+from clipfast import tuning
 from clipfast.tuning import Config
 
 ROOT = Path(__file__).parents[1]
@@ -53,14 +53,14 @@ def test_every_configuration_may_ship(architecture: str) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(triton._triton_version() < (3, 9), reason="the family's shapes are those of Triton 3.9")
+@pytest.mark.skipif(tuning.triton_version() < (3, 9), reason="the family's shapes are those of Triton 3.9")
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_every_configuration_of_the_family_may_ship() -> None:
     """On one architecture: the others take a quarter of an hour, by `python -m benchmarks compile-report`."""
     compiled("sm_90")
 
 
-@pytest.mark.skipif(triton._triton_version() < (3, 9), reason="the bars are for Triton 3.9")
+@pytest.mark.skipif(tuning.triton_version() < (3, 9), reason="the bars are for Triton 3.9")
 def test_the_first_configurations_keep_their_bars() -> None:
     """Slots per logit, which no later change may lose unseen."""
     barred = [case for case in compile_report.cases(["sm_90"], plain=True) if case.bar]
@@ -79,7 +79,7 @@ for case in c.cases(["sm_90"], plain=True):
     assert in_a_process(program).splitlines() == [f"{case}: " for case in barred]
 
 
-@pytest.mark.skipif(triton._triton_version() < (3, 9), reason="the bars are for Triton 3.9")
+@pytest.mark.skipif(tuning.triton_version() < (3, 9), reason="the bars are for Triton 3.9")
 @pytest.mark.parametrize(
     ("slots", "fault"), [(9.5, ""), (9.51, "9.51 slots per logit, of 9.5"), (None, "no common path, of 9.5")]
 )

@@ -53,6 +53,16 @@ def test_two_programs_per_multiprocessor_must_fit() -> None:
         assert reason in tuning.reason_against(replace(fits, **change), device, 2, 512, aligned_rows=True)
 
 
+def test_a_configuration_may_need_a_newer_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older one spills registers, and takes the next configuration."""
+    config, device = next(c for c in tuning.CONFIGS if c.min_triton), DEVICES["sm_90"]
+    reasons = {}
+    for version in ((3, 6), config.min_triton):
+        monkeypatch.setattr(tuning, "triton_version", lambda version=version: version)
+        reasons[version] = tuning.reason_against(config, device, 2, 512, aligned_rows=True)
+    assert list(reasons.values()) == ["spills registers below Triton 3.9, this is 3.6", ""]
+
+
 def test_products_from_registers_need_a_triton_that_compiles_them_right() -> None:
     sm_90, sm_80 = DEVICES["sm_90"], DEVICES["sm_80"]
     assert "triton#11781" in tuning.reason_against_strategy("registers", sm_90, (3, 6))

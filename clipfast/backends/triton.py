@@ -5,11 +5,9 @@ triton is imported when the first problem is computed, not before.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
-from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -140,7 +138,7 @@ def _reasons_once(device: torch.device, interpreted: bool) -> tuple[str, ...]:
     if importlib.util.find_spec("triton") is None:
         return ("triton is not installed: pip install clipfast[triton]",)
     reasons = []
-    version = _triton_version()
+    version = tuning.triton_version() or MIN_TRITON
     if version < MIN_TRITON:
         reasons.append(f"triton {_dotted(version)} is too old: {_dotted(MIN_TRITON)} or newer is needed")
     if interpreted:
@@ -174,15 +172,6 @@ def _device_reasons(device: torch.device) -> tuple[str, ...]:
 
 def _rocm_architecture(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-
-
-@functools.cache
-def _triton_version() -> tuple[int, ...]:
-    # ROCm's and nightly builds of torch bring triton under other distribution names.
-    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return tuple(int(part) for part in metadata.version(distribution).split(".")[:2])
-    return MIN_TRITON
 
 
 def _interpreted() -> bool:
