@@ -146,10 +146,8 @@ def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) ->
     Rows that are not aligned come with norms alone, which add to what is held; so do options, with those rows if taken.
     `plain`: of the plain softmax's kernels alone, and without options.
     """
-    from clipfast.kernels import projection
-
     found = []
-    for config in (*tuning.CONFIGS, *projection.CONFIGS):
+    for config in tuning.CONFIGS:
         if config.architecture not in architectures or (plain and config.kernel not in PLAIN_KERNELS):
             continue
         if tuning.triton_version() < config.min_triton:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import features
+from test_kept import OPTIONS, loss_and_gradients
 from torch import Tensor
 
 import clipfast
@@ -17,21 +18,6 @@ if not cpu.instruction_sets():
     pytest.skip("; ".join(clipfast.backends()["cpu"]), allow_module_level=True)
 
 AVAILABLE = [name for name, here in cpu.instruction_sets().items() if here]
-SAME = {"image_ids": torch.arange(70) % 23, "text_ids": torch.arange(517) % 23}
-OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
-    {"normalize": True, "direction": "image_to_text", "reduction": "none"},
-    {"label_smoothing": 0.1, "return_metrics": True},
-    SAME,
-    SAME | {"same_id": "positive", "normalize": True},
-)
-
-
-def loss_and_gradients(x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, -3.0))
-    value = clipfast.contrastive_loss(x, y, scale, bias, backend="cpu", **options)
-    loss = value[0] if isinstance(value, tuple) else value
-    return loss, *torch.autograd.grad(loss.sum(), (x, y, scale, bias))
 
 
 def bytes_kept(n: int, m: int, dtype: torch.dtype) -> int:
@@ -47,14 +33,14 @@ def test_the_same_bits(
     monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, instruction_set)
     x, y = (t.requires_grad_() for t in features("unnormalized", 70, 517, 33, dtype))
     x, y = (x / 4).detach().requires_grad_(), (y / 4).detach().requires_grad_()
-    kept, formed = (loss_and_gradients(x, y, keep_bytes=count, **options) for count in (1 << 30, 0))
+    kept, formed = (loss_and_gradients(x, y, "cpu", keep_bytes=count, **options) for count in (1 << 30, 0))
     for got, expected in zip(kept, formed, strict=True):
         assert torch.equal(got, expected)
 
 
 def test_more_rows_than_a_chunk() -> None:
     x, y = (t.requires_grad_() for t in features("trained", 4200, 4300, 8))
-    kept, formed = (loss_and_gradients(x, y, keep_bytes=count) for count in (1 << 30, 0))
+    kept, formed = (loss_and_gradients(x, y, "cpu", keep_bytes=count) for count in (1 << 30, 0))
     assert all(torch.equal(a, b) for a, b in zip(kept, formed, strict=True))
 
 

@@ -16,19 +16,6 @@ from clipfast.kernels.operands import blocks, on
 from clipfast.norms import MIN_NORM, norm_factors
 from clipfast.tuning import Config
 
-# By architecture and the operands' bytes; compiled without spills, not measured. 0: of both.
-CONFIGS: tuple[Config, ...] = (
-    Config("projection", "sm_80", 2, 128, 128, 32, 8, 3),
-    Config("projection", "sm_80", 4, 64, 64, 32, 8, 3),
-    Config("projection", "sm_90", 2, 64, 128, 64, 8, 3),
-    Config("projection", "sm_90", 4, 64, 64, 32, 8, 3),
-    Config("projection", "sm_100", 2, 128, 128, 64, 8, 3),
-    Config("projection", "sm_100", 4, 64, 64, 32, 8, 3),
-    Config("projection", "gfx942", 2, 128, 128, 32, 8, 2),
-    Config("projection", "gfx942", 4, 64, 64, 32, 8, 1),
-    Config("projection", "interpreter", 0, 128, 128, 128, 4, 1),
-)
-
 
 @triton.jit
 def projection_kernel(
@@ -109,9 +96,7 @@ def project(
     elif device.interpreted:
         precision = "widened"
     (n, width), d = features.shape, weight.shape[1]
-    config = config or next(
-        c for c in CONFIGS if c.architecture == device.architecture and c.itemsize in (0, features.itemsize)
-    )
+    config = config or tuning.choose("projection", device, features.itemsize, width).config
     rows = features.new_empty((n, d), dtype=dtype)
     factors = features.new_empty(n, dtype=torch.float32)
     with on(features.device):
