@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import clipfast
 
@@ -128,6 +129,27 @@ class PeakMemory:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - self._before
         return _status_bytes("VmHWM") - self._before
+
+
+class SavedStorages(torch.autograd.graph.saved_tensors_hooks):
+    """What autograd saves for a backward pass while it is entered: bytes of each distinct storage, by its address."""
+
+    def __init__(self) -> None:
+        super().__init__(self._note, lambda tensor: tensor)
+        self.sizes: dict[int, int] = {}
+
+    def __enter__(self) -> SavedStorages:  # type: ignore[override]
+        super().__enter__()
+        return self
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
 
 
 def _status_bytes(field: str) -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
 import clipfast
@@ -30,26 +29,20 @@ LOSSES: dict[str, Loss] = {"dense": open_clip_formula, "clipfast": clipfast.Cont
 
 def measure(name: str, n: int) -> dict[str, int]:
     """Bytes saved for backward and peak bytes of one forward and backward pass in this process."""
-    saved: dict[int, int] = {}
     memory = environment.PeakMemory("cpu")
 
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    def step(n: int) -> int:
+    def step(n: int) -> dict[str, int]:
         x, y = (normalize(torch.randn(n, WIDTH), dim=1).requires_grad_() for _ in range(2))
         logit_scale = torch.tensor(14.3, requires_grad=True)
-        saved.clear()
+        saved = environment.SavedStorages()
         memory.start()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved:
             loss = LOSSES[name](x, y, logit_scale)
         torch.autograd.backward(loss)
-        return memory.stop()
+        return {"saved_bytes": saved.total, "peak_bytes": memory.stop()}
 
     step(64)  # threads, libraries and their buffers
-    peak = step(n)
-    return {"saved_bytes": sum(saved.values()), "peak_bytes": peak}
+    return step(n)
 
 
 def run() -> dict[str, Any]:

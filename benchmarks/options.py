@@ -71,15 +71,9 @@ def losses(n: int) -> dict[str, Loss]:
 
 def saved_bytes(loss: Loss, *tensors: Tensor) -> int:
     """What autograd keeps for the backward pass, the inputs not counted."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with environment.SavedStorages() as saved:
         loss(*tensors)
-    return sum(count for address, count in storages.items() if address not in {t.data_ptr() for t in tensors})
+    return sum(count for address, count in saved.sizes.items() if address not in {t.data_ptr() for t in tensors})
 
 
 def measure(n: int = BATCH_SIZE, rounds: int = ROUNDS) -> dict[str, Any]:

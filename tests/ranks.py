@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from towers import Towers
 
 import clipfast
+from benchmarks.environment import SavedStorages
 from benchmarks.scaling import Counter
 from clipfast.problem import accumulation_dtype
 from clipfast.schemes import GroupOptions
@@ -215,15 +216,11 @@ def cost(
     equal_shards: bool = False,
 ) -> tuple[int, int, int, int, int]:
     """Bytes sent forward and backward, multiply-adds, bytes saved between the passes and the peak, but for x and y."""
-    shard, saved = shards[rank], dict[int, int]()
+    shard = shards[rank]
     x, y = (shard[key].detach().clone().requires_grad_() for key in ("x", "y"))
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.0))
     ids = {key: shard[key].clone() for key in ("image_ids", "text_ids") if key in shard}
     teacher = (x.detach(), y.detach(), 3.0) if name == "distillation_loss" else (bias,)
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
     with (
         Counter() as counter,
@@ -231,7 +228,7 @@ def cost(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
         ) as profiler,
     ):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with SavedStorages() as saved:
             how = {"group": group, "scheme": scheme, "equal_shards": equal_shards, "backend": "torch"}
             loss = getattr(clipfast, name)(x, y, scale, *teacher, **ids, **how | options)
             loss = loss[0] if isinstance(loss, tuple) else loss
@@ -239,7 +236,7 @@ def cost(
         loss.sum().backward()
     events = profiler.profiler.kineto_results.events()
     peak = max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-    return forward, counter.sent - forward, counter.products, sum(saved.values()), peak
+    return forward, counter.sent - forward, counter.products, saved.total, peak
 
 
 def step(

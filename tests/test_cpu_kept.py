@@ -11,6 +11,7 @@ from test_kept import OPTIONS, loss_and_gradients
 from torch import Tensor
 
 import clipfast
+from benchmarks.environment import SavedStorages
 from clipfast import dispatch
 from clipfast.backends import cpu
 
@@ -61,15 +62,9 @@ def test_another_instruction_set_takes_none_up(monkeypatch: pytest.MonkeyPatch) 
 
 def kept_storage(x: Tensor, y: Tensor, **options: Any) -> int:
     """The largest of the tensors that autograd saves."""
-    sizes = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.untyped_storage().nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedStorages() as saved:
         clipfast.contrastive_loss(x, y, 14.3, backend="cpu", **options)
-    return max(sizes)
+    return max(saved.sizes.values())
 
 
 def test_no_more_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from oracle import features
 from torch import Tensor
 
 import clipfast
+from benchmarks.environment import SavedStorages
 from benchmarks.scaling import Counter
 from clipfast.backends import torch as torch_backend
 
@@ -55,14 +56,8 @@ def test_products_and_bytes(keep_bytes: int, products: int) -> None:
     x, y = (t.requires_grad_() for t in features("trained", 100, 130, 24))
     told = clipfast.explain(100, 24, m=130, keep_bytes=keep_bytes, backend="torch")
     assert told.forward_products + told.backward_products == products
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with Counter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with Counter() as counter, SavedStorages() as saved:
         loss = clipfast.contrastive_loss(x, y, 14.3, keep_bytes=keep_bytes, backend="torch")
         loss.backward()
     assert counter.products == products * 100 * 130 * 24
-    assert sum(saved.values()) <= told.saved_bytes
+    assert saved.total <= told.saved_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import clipfast
-from benchmarks.environment import PeakMemory
+from benchmarks.environment import PeakMemory, SavedStorages
 from clipfast import dispatch
 from clipfast.backends import torch as torch_backend
 from clipfast.problem import Problem
@@ -96,3 +97,39 @@ def test_workspace_of_the_torch_backend_is_as_predicted(dtype: torch.dtype) -> N
     explanation = clipfast.explain(n, d, dtype, m=m, backend="torch")
     predicted = explanation.workspace_bytes + explanation.gradient_bytes
     assert 0.9 * predicted <= max(held) <= predicted + 150 * (n + m)
+
+
+def saved_bytes(x: Tensor, y: Tensor, backend: str, **options: Any) -> int:
+    """Bytes of the distinct storages that autograd saves for the backward pass."""
+    with SavedStorages() as saved:
+        clipfast.contrastive_loss(x, y, torch.tensor(14.3, requires_grad=True), backend=backend, **options)
+    return saved.total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_saved_bytes_are_linear_in_the_batch(backend: str, normalize: bool, dtype: torch.dtype) -> None:
+    counts = []
+    for n in (256, 512, 1024):
+        x, y = (t.requires_grad_() for t in features("random", n, n, 64, dtype))
+        counts.append(saved_bytes(x, y, backend, normalize=normalize, keep_bytes=0))
+        assert counts[-1] < 3 * (x.nbytes + y.nbytes)
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_normalize_saves_no_copy(backend: str, dtype: torch.dtype) -> None:
+    x, y = (t.requires_grad_() for t in features("unnormalized", 256, 300, 64, dtype))
+    assert saved_bytes(x, y, backend, normalize=True) == saved_bytes(x, y, backend)
+
+
+def test_saved_bytes_at_large_batches() -> None:
+    """d = 512, n to 32768: under 3x the inputs and linear; predicted by explain()."""
+    counts = {}
+    for n in (8192, 16384, 32768):
+        x, y = (torch.randn(n, 512, requires_grad=True) for _ in range(2))
+        counts[n] = saved_bytes(x, y, "auto")
+        assert counts[n] < 3 * (x.nbytes + y.nbytes)
+        # The loss's own vectors over the batch are a few doubles a row.
+        assert 0 <= counts[n] - clipfast.explain(n, 512).saved_bytes <= 64 * n
+    assert counts[32768] - counts[16384] == 2 * (counts[16384] - counts[8192])

@@ -12,6 +12,7 @@ from torch import Tensor
 from training_ranks import projected as of_a_rank
 
 import clipfast
+from benchmarks.environment import SavedStorages
 from clipfast import operators, projected, reference
 from clipfast.models import CLIP, Config, create_model
 
@@ -242,16 +243,10 @@ def test_the_reference_clip_trains_through_it(patch_size: int | None) -> None:
 def test_what_is_saved_is_inputs_and_embeddings(backend: str) -> None:
     """No normalized copy: the projected rows, the inputs, and vectors: statistics and factors."""
     images, texts, w_i, w_t, t = operands(500, 600, torch.float32)
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedStorages() as saved:
         clipfast.projected_contrastive_loss(images, texts, w_i, w_t, t.exp(), keep_bytes=0, backend=backend)
     inputs, embeddings = sum(tensor.nbytes for tensor in (images, texts, w_i, w_t)), (500 + 600) * 16 * 4
-    assert sum(storages.values()) <= inputs + embeddings + 8 * (2 * 500 + 600) + 4 * (500 + 600) + 256
+    assert saved.total <= inputs + embeddings + 8 * (2 * 500 + 600) + 4 * (500 + 600) + 256
 
 
 def test_autocast_and_two_dtypes(backend: str) -> None:
