@@ -45,7 +45,12 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
         Isa::clear(sum);
         for (index_t round = 0; round < rounds; ++round) Isa::template add<kRun>(sum, kRuns, kRun, a, 0, b);
         Isa::finish(sum);
-        volatile float used = sum[0][0][0];
+        V total = {};  // of all, or the compiler would leave sums out
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) total += sum[i][v];
+        volatile float used = reduce<float, W>(total, [](auto p, auto q) { return p + q; });
         (void)used;
         return 2.0 * 2.0 * double(rounds * kRuns * kRun) * kRows * kWidth;
     }

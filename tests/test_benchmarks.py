@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import clipfast
-from benchmarks import accuracy, baselines, compare, environment, memory, options, report, run
+from benchmarks import accuracy, baselines, compare, environment, memory, options, peak, report, run
 from benchmarks.__main__ import main
 from benchmarks.cases import DTYPES, Case, grid, inputs
+from clipfast.backends import cpu
 
 CASE = Case("float32", 64, 32)
 
@@ -31,6 +32,16 @@ def _committed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def runner(tmp_path: Path, budget: float = 60, cases: tuple[Case, ...] = (CASE,), only: str = "clipfast") -> run.Runner:
     return run.Runner("cpu", tmp_path / "result.json", budget, list(cases), only)
+
+
+@pytest.mark.skipif(not peak.available(), reason="no compiled kernels")
+def test_the_peak_counts_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 instruction of AVX-512 does twice a float32's work, so a loop beyond that has lost some of its sums."""
+    if not cpu.instruction_sets()["avx512_bf16"]:
+        pytest.skip("this processor has no avx512_bf16")
+    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, "avx512_bf16")
+    ratios = [peak.multiply_adds_per_second("bfloat16") / peak.multiply_adds_per_second("float32") for _ in range(5)]
+    assert min(ratios) < 2.5
 
 
 def silent(line: str) -> None:
