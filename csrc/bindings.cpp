@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <optional>
 #include <stdexcept>
@@ -72,10 +74,8 @@ bool signalled() {
     return PyErr_CheckSignals() != 0;
 }
 
-bool in_main_thread() {
-    const py::object threading = py::module_::import("threading");
-    return threading.attr("current_thread")().is(threading.attr("main_thread")());
-}
+// Of the process, in which Python's signal handlers run unless another program has Python in it.
+bool in_main_thread() { return syscall(SYS_gettid) == getpid(); }
 
 // Runs a pass without Python's lock; its errors become Python's.
 template <class Pass>
@@ -208,6 +208,7 @@ PYBIND11_MODULE(_cpu, module) {
     bind_nouns(module);
     bind_passes(module);
     bind_cross_entropy(module);
+    module.def("release_workspace", &Buffer::release);
     module.def("multiply_adds", [](const std::string& isa, const std::string& dtype, index_t rounds) {
         const Kernels& kernels = kernels_named(isa);
         const py::gil_scoped_release unlocked;

@@ -18,6 +18,8 @@ constexpr index_t kChunkBytes = 16 << 20;    // of G, about
 constexpr index_t kBlockBytes = 512 << 10;   // of a task's left operand, at most
 constexpr index_t kBlockRows = 256;          // of a task, at most
 constexpr index_t kTasksPerThread = 4;       // at least, where there is so much to do
+constexpr index_t kTasks = 16;               // that form logits, at least, where there is so much to do
+constexpr index_t kPackedRows = 16;          // of a task that packs them for the left
 constexpr double kFlopsPerThread = 1e6;  // below it a thread costs more than it brings
 
 // Numbers that several tasks add to or compare with, each in a slot of its own; the slots are merged in their order.
@@ -80,7 +82,9 @@ struct Chunks {
           rows_held(std::min(n, rows)),
           cols_held(std::min(m, cols)) {
         const index_t row_bytes = Tiles::operands(block.d()) * index_t{sizeof(typename Tiles::Operand)};
-        block_rows = std::clamp(kBlockBytes / row_bytes / kGroup * kGroup, kGroup, kBlockRows);
+        // Of the shapes alone: columns are added up per block of rows.
+        const index_t share = round_up(ceil_div(rows * panels, kTasks), kGroup);
+        block_rows = std::clamp(std::min(kBlockBytes / row_bytes / kGroup * kGroup, share), kGroup, kBlockRows);
     }
 
     index_t blocks() const { return ceil_div(rows, block_rows); }  // of a chunk
@@ -184,8 +188,9 @@ class PackedRows {
     }
 
     void pack_left(Team& team, index_t first, index_t rows) const {
-        team.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
-            const index_t row = group * kGroup, count = std::min(kGroup, rows - row);
+        constexpr index_t step = round_up(kPackedRows, std::max<index_t>(Tiles::kRows, Tiles::W));
+        team.for_each(ceil_div(rows, step), [&](int, index_t task) {
+            const index_t row = task * step, count = std::min(step, rows - row);
             Tiles::template pack_left<Element>(block_.x, first + row, count, x_ + row * row_size_);
         });
     }

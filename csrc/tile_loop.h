@@ -44,26 +44,28 @@ class Kernel {
     void scan(Objective& objective, void* keep = nullptr) {
         const auto kept = Kept<Tiles>::begun(keep, chunks_.n, chunks_.m);
         const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer, objective); });
-        objective.begin(team_);
-        for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
-            const index_t rows = std::min(chunks_.rows, chunks_.n - first);
-            rows_.pack_left(team_, first, rows);
-            objective.begin_rows(team_, first, rows);
-            for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
-                const index_t cols = std::min(chunks_.cols, chunks_.m - column);
-                rows_.pack_right(team_, column, cols);
-                objective.begin_cols(team_, column, cols);
-                chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
-                    if (!objective.wants(group)) return;
-                    group.s = scratch(at);
-                    rows_.form(group, at);
-                    if (kept) kept.keep(group, at);
-                    objective.take(group, at);
-                });
+        team_.run([&] {
+            objective.begin(team_);
+            for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
+                const index_t rows = std::min(chunks_.rows, chunks_.n - first);
+                rows_.pack_left(team_, first, rows);
+                objective.begin_rows(team_, first, rows);
+                for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
+                    const index_t cols = std::min(chunks_.cols, chunks_.m - column);
+                    rows_.pack_right(team_, column, cols);
+                    objective.begin_cols(team_, column, cols);
+                    chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
+                        if (!objective.wants(group)) return;
+                        group.s = scratch(at);
+                        rows_.form(group, at);
+                        if (kept) kept.keep(group, at);
+                        objective.take(group, at);
+                    });
+                }
+                objective.end_rows(team_, first, rows);
             }
-            objective.end_rows(team_, first, rows);
-        }
-        objective.end(team_);
+            objective.end(team_);
+        });
     }
 
     // The gradients of the objective, from the logits that a scan kept, if any; returns dscale.
@@ -71,34 +73,36 @@ class Kernel {
     double differentiate(Objective& objective, const Gradients& out, const void* keep = nullptr) {
         const auto kept = Kept<Tiles>::found(keep, chunks_.n);
         const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer, objective), place_products(buffer); });
-        objective.begin(team_);
-        // Where the gradients are wanted as they are added up, they need no place apart.
-        const bool apart = kApart && out.dtype == block_.dtype;
-        T* const dy = apart ? dy_apart_ : static_cast<T*>(out.dy);
-        clear(chunks_.m, dy);
         double dscale = 0;
-        for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
-            const index_t rows = std::min(chunks_.rows, chunks_.n - first);
-            T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
-            clear(rows, dx);
-            if (!kept) rows_.pack_left(team_, first, rows);
-            pack_rows(block_.x, first, rows, Tiles::kRowStep, row_capacity_, x_rows_);
-            objective.begin_rows(team_, first, rows);
-            for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
-                const index_t cols = std::min(chunks_.cols, chunks_.m - column);
-                if (!kept) rows_.pack_right(team_, column, cols);
-                pack_rows(block_.y, column, cols, Tiles::kColStep, col_capacity_, y_rows_);
-                objective.begin_cols(team_, column, cols);
-                dscale += form_gradient(objective, kept, first, column);
-                add_products(rows, cols, dx, dy + column * d_);
+        team_.run([&] {
+            objective.begin(team_);
+            // Where the gradients are wanted as they are added up, they need no place apart.
+            const bool apart = kApart && out.dtype == block_.dtype;
+            T* const dy = apart ? dy_apart_ : static_cast<T*>(out.dy);
+            clear(chunks_.m, dy);
+            for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
+                const index_t rows = std::min(chunks_.rows, chunks_.n - first);
+                T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
+                clear(rows, dx);
+                if (!kept) rows_.pack_left(team_, first, rows);
+                pack_rows(block_.x, first, rows, Tiles::kRowStep, row_capacity_, x_rows_);
+                objective.begin_rows(team_, first, rows);
+                for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
+                    const index_t cols = std::min(chunks_.cols, chunks_.m - column);
+                    if (!kept) rows_.pack_right(team_, column, cols);
+                    pack_rows(block_.y, column, cols, Tiles::kColStep, col_capacity_, y_rows_);
+                    objective.begin_cols(team_, column, cols);
+                    dscale += form_gradient(objective, kept, first, column);
+                    add_products(rows, cols, dx, dy + column * d_);
+                }
+                objective.end_rows(team_, first, rows);
+                if (apart) dscale += finish_dx(first, rows, dx, static_cast<Element*>(out.dx));
+                else dscale += finish_dx(first, rows, dx, static_cast<T*>(out.dx));
             }
-            objective.end_rows(team_, first, rows);
-            if (apart) dscale += finish_dx(first, rows, dx, static_cast<Element*>(out.dx));
-            else dscale += finish_dx(first, rows, dx, static_cast<T*>(out.dx));
-        }
-        objective.end(team_);
-        if (apart) finish_dy(dy, static_cast<Element*>(out.dy));
-        else finish_dy(dy, static_cast<T*>(out.dy));
+            objective.end(team_);
+            if (apart) finish_dy(dy, static_cast<Element*>(out.dy));
+            else finish_dy(dy, static_cast<T*>(out.dy));
+        });
         return dscale;
     }
 
