@@ -217,7 +217,7 @@ def _launch(case: Case) -> str:
     block = Block(x, y, torch.ones(()), torch.zeros(()), 0, factor, factor)
     if case.option in SAME_IDS or case.option.endswith("ids"):
         ids = torch.zeros(ROWS, dtype=torch.int32)
-        block = replace(block, row_ids=ids, col_ids=ids, same_id=case.option if case.option in SAME_IDS else IGNORE)
+        block = block._replace(row_ids=ids, col_ids=ids, same_id=case.option if case.option in SAME_IDS else IGNORE)
     if case.option.startswith("matches"):
         launch.matches(block, **options)
         kernel = "matches"

@@ -42,22 +42,27 @@ def differentiable(
     operator.register_fake(forward_shapes)
     derivative.register_fake(backward_shapes)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    by_inputs = len(derivative._opoverload._schema.returns)  # how many inputs have gradients
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, ctx.values = save(inputs, output)
-        ctx.inputs = len(inputs)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # zeros for outputs that have no gradient
         ctx.save_for_backward(*tensors)
 
-    def gradients(ctx: Any, function: Callable[..., tuple[Tensor, ...]], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        keep(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for outputs that have no gradient
+
+    def gradients(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor | None, ...]:
         if formed and torch.is_grad_enabled():
             _refuse_double_backward()
-        by_inputs = function(gradient, *ctx.saved_tensors, *ctx.values)
-        wanted = (g if wants else None for g, wants in zip(by_inputs, ctx.needs_input_grad, strict=False))
-        return *wanted, *[None] * (ctx.inputs - len(by_inputs))
+        by_first = function(*tensors, *ctx.values)
+        needs = ctx.needs_input_grad
+        wanted = [g if wants else None for g, wants in zip(by_first, needs, strict=False)]
+        return *wanted, *[None] * (len(needs) - by_inputs)
 
     def operator_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return gradients(ctx, derivative, gradient)
+        return gradients(ctx, derivative, gradient, *ctx.saved_tensors)
 
     operator.register_autograd(operator_backward, setup_context=setup_context)
     derivative.register_autograd(_refuse_double_backward)
@@ -69,11 +74,12 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            tensors = arguments.plain("the loss's gradient", gradient), *ctx.saved_tensors
             if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
                 function = EagerBackward.apply
             else:
-                function = derivative if _watched((gradient, *ctx.saved_tensors)) else backward
-            return gradients(ctx, function, arguments.plain("the loss's gradient", gradient))
+                function = derivative if _watched(tensors) else backward
+            return gradients(ctx, function, *tensors)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -82,13 +88,20 @@ def differentiable(
     Eager.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
 
     class Plain(torch.autograd.Function):
-        """Eager, where no transform of functorch looks on: those need setup_context, which binds a signature."""
+        """Eager, where no transform of functorch looks on: those need setup_context, which binds a signature.
+
+        Autograd takes time for all that goes in and comes out. What has no gradient passes it by: the other inputs as
+        one, the other outputs in a list.
+        """
 
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-            outputs = forward(*inputs)
-            setup_context(ctx, inputs, outputs)
-            return outputs
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            *first, others, outputs = inputs
+            inputs = *first, *others
+            results = forward(*inputs)
+            outputs += results[1:]
+            keep(ctx, inputs, results)
+            return results[0]
 
         backward = Eager.backward
         jvp = _Function.jvp
@@ -109,10 +122,13 @@ def differentiable(
             return _one_by_one(EagerBackward.apply, info.batch_size, in_dims, inputs)
 
     def apply(*inputs: Any) -> tuple[Tensor, ...]:
-        if not _watched(inputs):
-            function = Eager if torch._C._are_functorch_transforms_active() else Plain
-            return function.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
-        return operator(*inputs)  # type: ignore[no-any-return]
+        if _watched(inputs):
+            return operator(*inputs)  # type: ignore[no-any-return]
+        if torch._C._are_functorch_transforms_active():
+            return Eager.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+        outputs: list[Tensor] = []
+        loss = Plain.apply(*inputs[:by_inputs], inputs[by_inputs:], outputs)  # type: ignore[no-untyped-call]
+        return loss, *outputs
 
     apply.operator = operator  # type: ignore[attr-defined]
     return apply
@@ -156,12 +172,17 @@ def _watched(inputs: tuple[Any, ...]) -> bool:
     """Whether torch.compile, a dispatch mode (fake tensors, counters) or a subclass of Tensor looks on."""
     if torch.compiler.is_compiling():
         return True
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
     watched = torch._C._len_torch_dispatch_stack() > 0
-    watched = watched or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    if not watched and {type(t) for t in inputs} <= _UNWATCHED:
+        return False
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    watched = watched or not {type(t) for t in tensors} <= _UNWATCHED
     if watched and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
         _Function.jvp(None)
     return watched
+
+
+_UNWATCHED = {Tensor, torch.nn.Parameter, type(None), bool, float, str, torch.dtype}
 
 
 def _refuse_double_backward(*_: Any) -> Any:

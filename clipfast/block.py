@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,7 @@ IGNORE, POSITIVE = "ignore", "positive"
 SAME_IDS = (IGNORE, POSITIVE)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One block of logits, L = scale x y^T + bias, and which of its pairs belong together.
 
     x and y have one dtype; scale and bias are 0-D in its accumulation dtype. The positive of row i is column
@@ -61,7 +59,7 @@ class Block:
         """The block of some of its rows."""
         x_factor, row_ids = (None if t is None else t[part] for t in (self.x_factor, self.row_ids))
         offset = self.diag_offset + part.start
-        return replace(self, x=self.x[part], diag_offset=offset, x_factor=x_factor, row_ids=row_ids)
+        return self._replace(x=self.x[part], diag_offset=offset, x_factor=x_factor, row_ids=row_ids)
 
 
 class Matches(NamedTuple):

@@ -97,10 +97,10 @@ def weights(statistics: Statistics, rows: SideWeights, cols: SideWeights) -> Wei
     )
 
 
-def symmetric_cross_entropy(statistics: Statistics) -> Tensor:  # []
+def symmetric_cross_entropy(statistics: Statistics, dtype: torch.dtype) -> Tensor:  # []
     """The mean loss of both directions, without smoothing or further positives."""
     rows, cols = (side.losses(None, 0.0, False) for side in sides(statistics))
-    return (rows + cols).mean() / 2
+    return ((rows + cols).mean() / 2).to(dtype)
 
 
 def symmetric_cross_entropy_weights(statistics: Statistics, gradient: Tensor) -> Weights:  # []

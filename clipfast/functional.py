@@ -92,13 +92,13 @@ def contrastive_loss(
         TypeError, ValueError: an argument is not as stated; the text names it. Nothing has been computed by then.
             In a group the ranks that wait for this one raise ValueError too.
     """
-    options: dict[str, Any] = {
-        "normalize": normalize, "label_smoothing": label_smoothing, "direction": direction, "reduction": reduction,
-        "image_ids": image_ids, "text_ids": text_ids, "same_id": same_id, "return_metrics": return_metrics,
-        "group": group, "grad_reduction": grad_reduction, "scheme": scheme, "equal_shards": equal_shards,
-        "keep_bytes": keep_bytes, "deterministic": deterministic, "backend": backend,
-    }  # fmt: skip
-    return calls.contrastive_loss(image_features, text_features, logit_scale, logit_bias, **options)
+    return calls.contrastive_loss(
+        image_features, text_features, logit_scale, logit_bias,
+        normalize=normalize, label_smoothing=label_smoothing, direction=direction, reduction=reduction,
+        image_ids=image_ids, text_ids=text_ids, same_id=same_id, return_metrics=return_metrics, group=group,
+        grad_reduction=grad_reduction, scheme=scheme, equal_shards=equal_shards, keep_bytes=keep_bytes,
+        deterministic=deterministic, backend=backend,
+    )  # fmt: skip
 
 
 DEFAULTS: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +33,7 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One block of logits: x [n, d] against y [m, d], both of `dtype` on `device`, and what is wanted beyond softmaxes.
 
     `needs` holds some of NEEDS: "ids", "ranks" (metrics), "sigmoid" (SigLIP), "distillation".

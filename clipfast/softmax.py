@@ -74,7 +74,7 @@ def forward(
         statistics = backend.forward(block, backend.matches(block) if options.metrics else None)
         if options.plain and not block.adds_positives:
             mean = getattr(backend, "symmetric_cross_entropy", cross_entropy.symmetric_cross_entropy)
-            return mean(statistics).to(scale.dtype), statistics
+            return mean(statistics, scale.dtype), statistics
         sums: tuple[Sums | None, Sums | None] = (None, None)
         if options.label_smoothing or block.adds_positives:
             row_sums, col_sums = logit_sums(block, options.label_smoothing > 0)

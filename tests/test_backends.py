@@ -51,7 +51,7 @@ def test_blocks_merge_to_the_whole(backend: str, scale: float, dtype: torch.dtyp
     exact = truth(x, y, scale, bias=0.25)
     largest_logit = scale * x.double().norm(dim=1).max() * y.double().norm(dim=1).max()
     tolerance = torch.finfo(torch.float32).eps * (largest_logit + N**0.5) + 2 * torch.finfo(dtype).eps
-    assert error(cross_entropy.symmetric_cross_entropy(statistics), exact.loss) <= 1e-5 * exact.loss
+    assert error(cross_entropy.symmetric_cross_entropy(statistics, torch.float64), exact.loss) <= 1e-5 * exact.loss
     for got, expected in ((dx, exact.dx), (dy, exact.dy), (dscale, exact.dscale)):
         assert error(got, expected) <= tolerance * expected.abs().max()
 

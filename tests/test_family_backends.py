@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def with_ids(block: Block, groups: int, same_id: str = IGNORE) -> Block:
     row_ids, col_ids = (
         torch.randint(groups, (size,), generator=generator, dtype=torch.int32) for size in (block.n, block.m)
     )
-    return replace(block, row_ids=row_ids, col_ids=col_ids, same_id=same_id)
+    return block._replace(row_ids=row_ids, col_ids=col_ids, same_id=same_id)
 
 
 def make_weights(dense: Dense, block: Block) -> Weights:
@@ -224,7 +224,7 @@ def test_a_small_sigmoid_keeps_its_digits(backend: str, bias: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_distillation(backend: str, dtype: torch.dtype, n: int, m: int) -> None:
     nowhere = m + n
-    block = replace(make_block(n, m, 0, dtype), diag_offset=nowhere)
+    block = make_block(n, m, 0, dtype)._replace(diag_offset=nowhere)
     x, y = features("trained", n, m, 24, dtype)
     teacher = Block(x, y, block.scale * 2, block.bias, nowhere)
     chosen, dense, of_teacher = dispatch.get(backend), Dense(block), Dense(teacher)

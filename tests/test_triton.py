@@ -87,7 +87,7 @@ def test_most_tiles_of_usual_features_are_narrow(scale: float) -> None:
     case = block(64, 96, 64, torch.float32, scale, kind="trained")
     weights = Weights(*(getattr(case, name) for name in Weights._fields[:5]))
     for factors in ([], [1 / t.norm(dim=1) for t in (case.x, case.y)]):
-        own = replace(case.block, **dict(zip(("x_factor", "y_factor"), factors, strict=False)))
+        own = case.block._replace(**dict(zip(("x_factor", "y_factor"), factors, strict=False)))
         operands = Operands.of(own.x, own.y, None)
         none = torch.empty(0)
         for swapped in (False, True):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,11 @@ except ImportError as error:
     _INSTRUCTION_SETS = {}
     _MISSING = _why_missing(error)
 
+_BEST = next((name for name, here in _INSTRUCTION_SETS.items() if here), "")
+
 NAME = "cpu"
+
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 ENVIRONMENT_VARIABLE = "CLIPFAST_CPU_ISA"
 
@@ -74,7 +78,7 @@ def instruction_set() -> str:
     """
     name = os.environ.get(ENVIRONMENT_VARIABLE)
     if not name:
-        return next(name for name, here in _INSTRUCTION_SETS.items() if here)
+        return _BEST
     available = [name for name, here in _INSTRUCTION_SETS.items() if here]
     if name not in _INSTRUCTION_SETS:
         raise ValueError(
@@ -125,14 +129,15 @@ def kept_size(n: int, m: int) -> int:
 
 
 def forward(block: Block, matches: Matches | None = None) -> Statistics:
-    row_lse, col_lse, positive = (_vector(size) for size in (block.n, block.m, block.n))
+    n, m = block.n, block.m
+    row_lse, col_lse, positive = _vector(n), _vector(m), _vector(n)
     row_above = col_above = None
     thresholds = _cpu.Matches()
     if matches is not None:
         rows, cols = (t.contiguous() for t in matches)
-        row_above, col_above = (_vector(size, torch.int32) for size in (block.n, block.m))
+        row_above, col_above = _vector(n, torch.int32), _vector(m, torch.int32)
         thresholds = _cpu.Matches(rows.data_ptr(), cols.data_ptr())
-    kept = _vector(kept_size(block.n, block.m), block.scale.dtype) if block.keep else None
+    kept = _vector(kept_size(n, m), block.scale.dtype) if block.keep else None
     statistics = Statistics(row_lse, col_lse, positive, row_above, col_above, kept)
     out = _cpu.Statistics(*_addresses(statistics))
     _run(_cpu.forward, block, thresholds, out)
@@ -150,7 +155,7 @@ def backward(block: Block, weights: Weights, dtype: torch.dtype) -> Gradients:
     dx, dy, out = _gradients(block, dtype)
     addresses = _cpu.Weights(*_addresses(weights))
     dscale = _run(_cpu.backward, block, addresses, out)
-    return Gradients(dx, dy, _scalar(dscale, block.scale))
+    return Gradients(dx, dy, _scalar(dscale, block.scale.dtype))
 
 
 def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> SigmoidPass:
@@ -159,7 +164,7 @@ def sigmoid(block: Block, unit: float, gradients: bool, dtype: torch.dtype) -> S
     dscale, dbias = _run(_cpu.sigmoid, block, unit, row_loss.data_ptr(), out)
     if dx is None or dy is None:
         return SigmoidPass(row_loss, None, None)
-    return SigmoidPass(row_loss, Gradients(dx, dy, _scalar(dscale, block.scale)), row_loss.new_full((), dbias))
+    return SigmoidPass(row_loss, Gradients(dx, dy, _scalar(dscale, block.scale.dtype)), row_loss.new_full((), dbias))
 
 
 def distillation(
@@ -167,7 +172,7 @@ def distillation(
 ) -> DistillationPass:
     # The kernels form both logits alike.
     common = torch.promote_types(block.x.dtype, teacher.x.dtype)
-    block, teacher = (replace(b, x=b.x.to(common), y=b.y.to(common)) for b in (block, teacher))
+    block, teacher = (b._replace(x=b.x.to(common), y=b.y.to(common)) for b in (block, teacher))
     weights, teacher_weights = _contiguous(weights), _contiguous(teacher_weights)
     row_cross, col_cross = _vector(block.n), _vector(block.m)
     dx, dy, out = _gradients(block, dtype) if gradients else (None, None, None)
@@ -182,13 +187,14 @@ def distillation(
     )
     if dx is None or dy is None:
         return DistillationPass(row_cross, col_cross, None)
-    return DistillationPass(row_cross, col_cross, Gradients(dx.to(dtype), dy.to(dtype), _scalar(dscale, block.scale)))
+    formed = Gradients(dx.to(dtype), dy.to(dtype), _scalar(dscale, block.scale.dtype))
+    return DistillationPass(row_cross, col_cross, formed)
 
 
-def symmetric_cross_entropy(statistics: Statistics) -> Tensor:  # []
+def symmetric_cross_entropy(statistics: Statistics, dtype: torch.dtype) -> Tensor:  # []
     row_lse, col_lse, positive, *_ = statistics
     loss = _cpu.symmetric_cross_entropy(row_lse.data_ptr(), col_lse.data_ptr(), positive.data_ptr(), positive.shape[0])
-    return row_lse.new_full((), loss)
+    return _scalar(loss, dtype)
 
 
 def symmetric_gradients(
@@ -197,20 +203,20 @@ def symmetric_gradients(
     dx, dy, out = _gradients(block, dtype)
     of_block = _cpu.Statistics(*_addresses(statistics))
     dscale, dbias = _run(_cpu.symmetric_gradients, block, of_block, gradient.item(), out)
-    return Gradients(dx, dy, _scalar(dscale, block.scale)), _scalar(dbias, block.scale)
+    return Gradients(dx, dy, _scalar(dscale, block.scale.dtype)), _scalar(dbias, block.scale.dtype)
 
 
 def _run(run: Callable[..., Any], block: Block, *arguments: Any) -> Any:
     """One of the kernels' passes over the block."""
     if block.row_ids is not None and block.col_ids is not None:
         # They take ids side by side, and these may have been cut out of others.
-        block = replace(block, row_ids=block.row_ids.contiguous(), col_ids=block.col_ids.contiguous())
+        block = block._replace(row_ids=block.row_ids.contiguous(), col_ids=block.col_ids.contiguous())
     return run(instruction_set(), _block(block), *arguments, torch.get_num_threads())
 
 
 def _block(block: Block) -> _cpu.Block:
     """The block's addresses; it does not keep the tensors."""
-    row_ids, col_ids = (0 if ids is None else ids.data_ptr() for ids in (block.row_ids, block.col_ids))
+    row_ids, col_ids = _addresses((block.row_ids, block.col_ids))
     return _cpu.Block(
         dtype=_name(block.x.dtype),
         product=_product(block.x.dtype),
@@ -227,8 +233,8 @@ def _block(block: Block) -> _cpu.Block:
 
 def _matrix(rows: Tensor, factors: Tensor | None) -> _cpu.Matrix:  # [n, d], [n]
     address = 0 if factors is None else factors.data_ptr()
-    row_stride, col_stride = rows.stride()
-    return _cpu.Matrix(rows.data_ptr(), rows.shape[0], rows.shape[1], row_stride, col_stride, address)
+    (count, d), (row_stride, col_stride) = rows.shape, rows.stride()
+    return _cpu.Matrix(rows.data_ptr(), count, d, row_stride, col_stride, address)
 
 
 def _gradients(block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor, _cpu.Gradients]:  # [n, d], [m, d]
@@ -247,14 +253,15 @@ def _contiguous(weights: Weights) -> Weights:
     return Weights(*(None if t is None else t.contiguous() for t in weights))  # type: ignore[arg-type]
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> Iterator[int]:
-    return (0 if t is None else t.data_ptr() for t in tensors)
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def _scalar(value: float, like: Tensor) -> Tensor:  # []
-    """In the dtype of `like`, inf beyond its range."""
-    scalar = torch.full((), value, dtype=torch.float64, device="cpu")
-    return scalar if like.dtype == torch.float64 else scalar.to(like.dtype)
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:  # []
+    """Of the accumulation dtype, inf beyond its range."""
+    if dtype != torch.float64 and abs(value) > LARGEST_FLOAT32:
+        value = math.copysign(math.inf, value)
+    return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
 
 @functools.cache

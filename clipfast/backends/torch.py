@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -271,7 +270,7 @@ class _Space:
 
 def _with_operands(block: Block) -> Block:
     """The block with y as the products take it; the rows of x follow a chunk at a time."""
-    return replace(block, y=block.y.to(_operand_dtype(block.y)))
+    return block._replace(y=block.y.to(_operand_dtype(block.y)))
 
 
 def _chunks(block: Block) -> Iterator[tuple[slice, Block]]:

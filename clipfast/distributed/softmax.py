@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -130,7 +129,7 @@ def _statistics(
             nothing = row_lse.new_zeros((len(texts[0]), width))
             nothing[:, 0] = -torch.inf
             return nothing
-        block = replace(block, keep=options.keep)
+        block = block._replace(keep=options.keep)
         found: Statistics = backend.forward(block, Matches(row_matches, texts[-1]) if metrics else None)
         kept.extend(t for t in (found.kept,) if t is not None)
         of_rows, of_cols = [found.positive], [found.col_lse]
