@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,6 +19,28 @@ from clipfast.backends import cpu
 # Triton reads it when the kernels are imported, which clipfast does when it first runs them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def patch_the_language_once() -> None:
+    """Have Triton's interpreter replace triton.language's functions once for each function that it runs.
+
+    It does so whenever a kernel is launched or calls another function, which takes half of the time of all kernels in
+    these tests, though what it puts there is the same each time; and takes it back after a launch, for kernels that
+    are compiled, of which this process has none.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def once(function: Callable[..., Any]) -> Any:
+        patch(function)
+        return interpreter._LangPatchScope()  # nothing to take back
+
+    interpreter._patch_lang = once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    patch_the_language_once()
 
 make_importable()
 
