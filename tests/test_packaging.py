@@ -59,7 +59,9 @@ def test_sdist_is_complete(sdist: Path) -> None:
 
 
 def test_wheel_from_the_sdist_has_the_compiled_backend(sdist: Path, tmp_path: Path) -> None:
-    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist))
+    """Compiled in a third of the time that -O3 takes: the other tests run what that makes."""
+    quick = {"CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O1"}
+    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist), **quick)
     (wheel,) = tmp_path.glob("clipfast-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("clipfast/_cpu.") and name.endswith((".so", ".pyd")) for name in names)
