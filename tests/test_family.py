@@ -118,14 +118,15 @@ def test_one_direction_is_the_transpose_of_the_other(backend: str) -> None:
 
 
 @pytest.mark.needs("ranks", "ids")
-@pytest.mark.parametrize("same_id", ["ignore", "positive"])
-@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("same_id", [None, "ignore", "positive"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (300, 300), (257, 311)])
-def test_metrics(backend: str, n: int, m: int, normalize: bool, with_ids: bool, same_id: str) -> None:
+def test_metrics(backend: str, n: int, m: int, normalize: bool, same_id: str | None) -> None:
     x, y = (3 * t for t in features("trained", n, m, 6))
-    ids = random_ids(n, m, 30) if with_ids else {}
-    options: dict[str, Any] = {"normalize": normalize, "backend": backend, "same_id": same_id, **ids}
+    ids = random_ids(n, m, 30) if same_id else {}
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend, **ids}
+    if same_id:
+        options["same_id"] = same_id
     x.requires_grad_()
     loss, metrics = clipfast.contrastive_loss(x, y, 5.0, return_metrics=True, **options)
     plain = clipfast.contrastive_loss(x, y, 5.0, **options)
