@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -161,28 +161,64 @@ def step(x: Tensor, y: Tensor, scale: Tensor, backend: str, **options: Any) -> t
     return loss, *torch.autograd.grad(loss, (x, y, scale))
 
 
-def leaves(n: int, d: int, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
-    x, y = (t.requires_grad_() for t in placed("trained", n, n, d, device=device))
+def leaves(n: int, d: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = (t.requires_grad_() for t in placed("trained", n, n, d, dtype, device))
     return x, y, torch.tensor(14.3, device=device, requires_grad=True)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_cuda_graph(backend: str, normalize: bool) -> None:
-    """A captured step, replayed on other inputs, gives what an eager one does."""
-    inputs = leaves(4096, 512)
+def step_with_ids(x: Tensor, y: Tensor, scale: Tensor, backend: str, same_id: str) -> tuple[Tensor, ...]:
+    ids = torch.arange(len(x), device=x.device) // 3
+    options: dict[str, Any] = {"image_ids": ids, "text_ids": ids, "same_id": same_id, "return_metrics": True}
+    loss, metrics = clipfast.contrastive_loss(x, y, scale, backend=backend, label_smoothing=0.1, **options)
+    return loss, *metrics.values(), *torch.autograd.grad(loss, (x, y, scale))
+
+
+def sigmoid_step(x: Tensor, y: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, ...]:
+    loss = clipfast.siglip_loss(x, y, scale, -10.0, normalize=True, backend=backend)
+    return loss, *torch.autograd.grad(loss, (x, y, scale))
+
+
+def distillation_step(x: Tensor, y: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, ...]:
+    loss = clipfast.distillation_loss(x, y, scale, y.detach(), x.detach(), 10.0, backend=backend)
+    return loss, *torch.autograd.grad(loss, (x, y, scale))
+
+
+def projected_step(x: Tensor, y: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, ...]:
+    d = x.shape[1]
+    loss = clipfast.projected_contrastive_loss(x, y, x.detach()[:d], y.detach()[:d], scale, backend=backend)
+    return loss, *torch.autograd.grad(loss, (x, y, scale))
+
+
+STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "plain": step,
+    "norms": functools.partial(step, normalize=True),
+    "ignored ids": functools.partial(step_with_ids, same_id="ignore"),
+    "positive ids": functools.partial(step_with_ids, same_id="positive"),
+    "sigmoid": sigmoid_step,
+    "distillation": distillation_step,
+    "projected": projected_step,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_cuda_graph(backend: str, name: str, dtype: torch.dtype) -> None:
+    """A captured step of several chunks, replayed on other inputs, gives what an eager one does."""
+    n, d, of = 6000, 512, STEPS[name]
+    inputs = leaves(n, d, dtype=dtype)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(*inputs, backend, normalize=normalize)
+        of(*inputs, backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(*inputs, backend, normalize=normalize)
+        captured = of(*inputs, backend)
     with torch.no_grad():
-        for tensor, other in zip(inputs[:2], placed("random", 4096, 4096, 512), strict=True):
+        for tensor, other in zip(inputs[:2], placed("random", n, n, d, dtype), strict=True):
             tensor.copy_(other)
     graph.replay()
-    for got, expected in zip(captured, step(*inputs, backend, normalize=normalize), strict=True):
+    for got, expected in zip(captured, of(*inputs, backend), strict=True):
         assert torch.equal(got, expected)
 
 

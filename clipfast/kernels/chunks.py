@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -45,13 +46,21 @@ class Products:
         # float32 gradients are their own totals.
         dy_total = dy if dy.dtype == torch.float32 else dy.new_empty((m, d), dtype=torch.float32)
         dx_total = dx if dx.dtype == torch.float32 else dx.new_empty((chunk_rows, d), dtype=torch.float32)
+
+        @functools.cache
+        def part_of_h(height: int, width: int) -> tuple[Tensor, Tensor]:
+            h = h_buffer[:height, :width]
+            return h, h.T
+
+        col_parts = [(cols, y[cols], dy_total[cols]) for cols in slices(m, chunk_cols)]
         for rows in slices(n, chunk_rows):
             rows_total = dx_total[rows] if dx_total is dx else dx_total[: rows.stop - rows.start]
-            for cols in slices(m, chunk_cols):
-                h = h_buffer[: rows.stop - rows.start, : cols.stop - cols.start]
+            x_rows = x[rows]
+            for cols, y_rows, cols_total in col_parts:
+                h, h_transposed = part_of_h(rows.stop - rows.start, cols.stop - cols.start)
                 fill(rows, cols, h)
-                _add_product(rows_total, h, y[cols], first=cols.start == 0)
-                _add_product(dy_total[cols], h.T, x[rows], first=rows.start == 0)
+                _add_product(rows_total, h, y_rows, first=cols.start == 0)
+                _add_product(cols_total, h_transposed, x_rows, first=rows.start == 0)
             self.finish_rows(rows_total, dx, rows.start)
         self.finish_cols(dy_total, dy)
         return dx, dy

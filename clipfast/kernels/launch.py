@@ -16,7 +16,18 @@ from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidP
 from clipfast.kernels.chunks import Products, without_products
 from clipfast.kernels.distillation import distillation_kernel
 from clipfast.kernels.gradient import VECTORS, VECTORS_WITH_IDS, accumulate_kernel, gradient_kernel
-from clipfast.kernels.operands import VECTOR_BLOCK, Operands, blocks, h_tile, nearest_offset, on, pair
+from clipfast.kernels.operands import (
+    VECTOR_BLOCK,
+    Operands,
+    blocks,
+    h_tile,
+    launches,
+    nearest,
+    nearest_offset,
+    on,
+    pair,
+    part,
+)
 from clipfast.kernels.ranks import NO_KEY, SIGN_BIT, matches_kernel
 from clipfast.kernels.sigmoid import sigmoid_kernel
 from clipfast.kernels.statistics import merge_kernel, statistics_kernel
@@ -151,10 +162,10 @@ class Pass:
         strides = *self.operands.strides, h_buffer.stride(0)
         options = self.operands.options(config)
         options |= {"USE_TMA": config.tma, "SAME": _same(block), "ROW_WARPS": config.row_warps}
-        launch = gradient_kernel[(programs,)]
+        launch = launches(gradient_kernel, programs, options)
 
         def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
-            launch(*fixed, rows.stop, cols.stop, *numbers, rows.start, cols.start, *strides, **options)
+            launch(*fixed, rows.stop, cols.stop, *numbers, rows.start, cols.start, *strides)
 
         return *self.products.by_chunks(shape, h_buffer, fill), dscale.sum()
 
@@ -235,23 +246,19 @@ def sigmoid(
     scratch = x.new_empty((programs, config.tile_scratch), dtype=torch.float32)
     loss_partial = x.new_empty(blocks(shape[1], config.block_n) * shape[0], dtype=torch.float32)
     row_loss = x.new_zeros(n, dtype=torch.float64)
+    factors, ids = pair(block.x_factor, block.y_factor), pair(block.row_ids, block.col_ids)
+    options = operands.options(config)
+    options |= {"USE_TMA": config.tma, "SAME": _same(block), "GRADIENTS": gradients}
+    launch = launches(sigmoid_kernel, programs, options)
 
     def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
         chunk = operands.part(rows, cols)
         loss = loss_partial[: blocks(len(chunk.y), config.block_n) * len(chunk.x)].view(-1, len(chunk.x))
-        sigmoid_kernel[(programs,)](
-            *chunk.tiles(config),
-            *(block.scale, block.bias),
-            pair(block.x_factor, block.y_factor, rows, cols),
-            pair(block.row_ids, block.col_ids, rows, cols),
-            *(h, loss, sums, scratch),
-            *(len(chunk.x), len(chunk.y), chunk.d, nearest_offset(block) + rows.start - cols.start),
-            *chunk.strides,
-            0 if h is None else h.stride(0),
-            **chunk.options(config),
-            USE_TMA=config.tma,
-            SAME=_same(block),
-            GRADIENTS=gradients,
+        launch(
+            *(*chunk.tiles(config), block.scale, block.bias, part(factors, rows, cols), part(ids, rows, cols)),
+            *(h, loss, sums, scratch, len(chunk.x), len(chunk.y), chunk.d),
+            nearest(block.diag_offset + rows.start - cols.start, len(chunk.x), len(chunk.y)),
+            *(*chunk.strides, 0 if h is None else h.stride(0)),
         )
         row_loss[rows] += loss.sum(dim=0, dtype=row_loss.dtype)
 
@@ -295,6 +302,9 @@ def distillation(
         if _needs_unit(block):
             unit = _unit(weights, (teacher_weights.row_weight, teacher_weights.col_weight))
         sides = [_vectors(b, w, unit) for b, w in ((block, weights), (teacher, teacher_weights))]
+        options = operands.options(config) | {"GRADIENTS": gradients, "TEACHER_PRECISION": of_teacher.precision}
+        del options["EVEN_D"]  # there are two
+        launch = launches(distillation_kernel, programs, options)
 
         def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
             n, m = rows.stop - rows.start, cols.stop - cols.start
@@ -306,15 +316,7 @@ def distillation(
                     (operands.part(rows, cols), of_teacher.part(rows, cols)), (block, teacher), sides, strict=True
                 )
             )
-            options = operands.options(config)
-            del options["EVEN_D"]  # there are two
-            distillation_kernel[(programs,)](
-                *both,
-                *(h, row_part, col_part, dscale, n, m, 0 if h is None else h.stride(0)),
-                **options,
-                GRADIENTS=gradients,
-                TEACHER_PRECISION=of_teacher.precision,
-            )
+            launch(*both, h, row_part, col_part, dscale, n, m, 0 if h is None else h.stride(0))
             row_cross[rows] += row_part.sum(dim=0, dtype=row_cross.dtype)
             col_cross[cols] += col_part.sum(dim=0, dtype=col_cross.dtype)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast import tuning
@@ -86,17 +88,21 @@ def h_tile(h: Tensor, config: Config) -> TensorDescriptor | None:  # [rows, cols
 
 def nearest_offset(block: Block) -> int:
     """The diagonal's offset as 32 bits hold it: beyond the block all are alike."""
-    return min(max(block.diag_offset, -block.n), block.m)
+    return nearest(block.diag_offset, block.n, block.m)
 
 
-def pair(
-    first: Tensor | None,  # [n]
-    second: Tensor | None,  # [m]
-    rows: slice = slice(None),
-    cols: slice = slice(None),
-) -> tuple[Tensor, Tensor] | None:
-    """Two vectors, or parts of them, as a kernel takes them; None if there are none."""
-    return None if first is None or second is None else (first[rows].contiguous(), second[cols].contiguous())
+def nearest(offset: int, n: int, m: int) -> int:
+    return min(max(offset, -n), m)
+
+
+def pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:  # [n], [m]
+    """Two vectors as a kernel takes them; None if there are none."""
+    return None if first is None or second is None else (first.contiguous(), second.contiguous())
+
+
+def part(of: tuple[Tensor, Tensor] | None, rows: slice, cols: slice) -> tuple[Tensor, Tensor] | None:
+    """Of the vectors of `pair`, those of a chunk."""
+    return None if of is None else (of[0][rows], of[1][cols])
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -105,6 +111,25 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     NumPy, which the interpreter computes with, would warn of infinities that a GPU takes as they come.
     """
     return torch.cuda.device(device) if device.type == "cuda" else numpy.errstate(all="ignore")
+
+
+def launches(kernel: Any, programs: int, options: dict[str, Any]) -> Callable[..., None]:
+    """Launches of a kernel that differ only in where tensors lie and in numbers that it is not specialized on.
+
+    All tensors must be aligned alike. Only the first launch looks the compiled kernel up by its arguments, which takes
+    Triton longer than to launch it.
+    """
+    constants = [options[name] for name in kernel.arg_names if name in options]
+    compiled = None
+
+    def launch(*arguments: Any) -> None:
+        nonlocal compiled
+        if isinstance(compiled, CompiledKernel):  # the interpreter has none
+            compiled[programs, 1, 1](*arguments, *constants)
+        else:
+            compiled = kernel[(programs,)](*arguments, **options)
+
+    return launch
 
 
 def blocks(length: int, block: int) -> int:
