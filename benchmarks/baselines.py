@@ -23,6 +23,8 @@ from clipfast import dispatch
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+KEPT_SIZES = (1024, 4096)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -37,6 +39,7 @@ class Candidate:
         dtypes: what it takes.
         scale_gradient: whether it differentiates by the scale.
         missing: why it cannot run at all here.
+        sizes: the n that it is for; empty for all.
         multiplies: how many products of n*n*d it computes, forward and backward; 0 if nobody counted.
     """
 
@@ -48,6 +51,7 @@ class Candidate:
     dtypes: tuple[str, ...] = (*DTYPES, TF32)
     scale_gradient: bool = True
     missing: str = ""
+    sizes: tuple[int, ...] = ()
     multiplies: Callable[[Case, str], float] | float = 0
 
     def reason(self, case: Case, device: str, memory_bytes: int) -> str:
@@ -60,6 +64,8 @@ class Candidate:
             return f"runs on {', '.join(self.devices)} only"
         if case.dtype not in self.dtypes:
             return f"takes {', '.join(self.dtypes)} only"
+        if self.sizes and case.n not in self.sizes:
+            return f"is for n = {', '.join(map(str, self.sizes))} only"
         needed = self.dense_copies * case.n**2 * 4
         if needed > 0.8 * memory_bytes:
             return f"needs about {needed / 2**30:.0f} GiB of {memory_bytes / 2**30:.0f}"
@@ -156,12 +162,12 @@ def chunked_gemm() -> Loss:
     return loss
 
 
-def clipfast_loss(backend: str) -> Loss:
-    return lambda x, y, s: clipfast.contrastive_loss(x, y, s, backend=backend)
+def clipfast_loss(backend: str, keep_bytes: int | None = None) -> Loss:
+    return lambda x, y, s: clipfast.contrastive_loss(x, y, s, keep_bytes=keep_bytes, backend=backend)
 
 
-def clipfast_products(backend: str, case: Case, device: str) -> float:
-    explanation = clipfast.explain(case.n, case.d, case.torch_dtype, device, backend=backend)
+def clipfast_products(backend: str, case: Case, device: str, keep_bytes: int | None = None) -> float:
+    explanation = clipfast.explain(case.n, case.d, case.torch_dtype, device, keep_bytes=keep_bytes, backend=backend)
     return explanation.forward_products + explanation.backward_products
 
 
@@ -176,7 +182,22 @@ def candidates(device: str) -> tuple[Candidate, ...]:
         for name, reasons in dispatch.backends(device).items()
         if not reasons
     )
-    return ours + OTHERS
+    return ours + kept_or_not(device) + OTHERS
+
+
+def kept_or_not(device: str) -> tuple[Candidate, ...]:
+    """The Triton kernels with the logits kept between the passes and without, where arithmetic alone has decided."""
+    return tuple(
+        Candidate(
+            f"clipfast triton, logits {what}",
+            functools.partial(clipfast_loss, "triton", keep_bytes),
+            devices=("cuda",),
+            sizes=KEPT_SIZES,
+            multiplies=functools.partial(clipfast_products, "triton", keep_bytes=keep_bytes),
+        )
+        for what, keep_bytes in (("kept", 1 << 40), ("formed again", 0))
+        if device == "cuda" and not dispatch.backends(device)["triton"]
+    )
 
 
 OTHERS = (

@@ -62,7 +62,8 @@ def gpu_grid() -> list[Case]:
         for n in sizes
     }
     others = [Case("bfloat16", 8192, d) for d in (256, 1280)] + [Case(dtype, 8192, scale=100.0) for dtype in dtypes]
-    return list(dict.fromkeys([*FIRST, *sorted(steps, key=lambda case: steps[case]), *others]))
+    exact = [Case("float32", n) for n in (4096, 1024)]  # whose logits are kept between the passes
+    return list(dict.fromkeys([*FIRST, *exact, *sorted(steps, key=lambda case: steps[case]), *others]))
 
 
 def cpu_grid() -> list[Case]:

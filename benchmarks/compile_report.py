@@ -58,7 +58,8 @@ MODELLED = ("statistics", "gradient")  # by `cycles`, on sm_90 in halves
 OPTIONS = {
     "statistics": ("",),
     "ranks": (IGNORE, "ranks", "ranks and ids", "matches and ids"),
-    "gradient": ("", *SAME_IDS),
+    "kept": ("", "ranks and ids"),
+    "gradient": ("", *SAME_IDS, "kept"),
     "accumulate": ("", *SAME_IDS),
     "sigmoid": ("", "loss alone", *SAME_IDS),
     "distillation": ("", "loss alone"),
@@ -81,6 +82,11 @@ class Case:
     def logits(self) -> int:
         """Of a tile, per thread."""
         return self.config.block_m * self.config.block_n // (machine_code.WARP * self.config.num_warps)
+
+    @property
+    def takes_up(self) -> bool:
+        """Whether its products are those that the forward pass kept."""
+        return self.option == "kept"
 
     @property
     def bar(self) -> float | None:
@@ -123,8 +129,9 @@ class Compiled:
             faults.append(f"a stack of {self.stack} bytes")
         if self.shared > device.shared_bytes:
             faults.append(f"{self.shared} bytes of shared memory, of {device.shared_bytes}")
-        # Real float32 has no matrix instruction on NVIDIA.
-        if not self.matrix_instructions and (self.case.dtype, self.case.precision) != (torch.float32, "ieee"):
+        # Real float32 has no matrix instruction on NVIDIA, and what is kept is not multiplied again.
+        without = (self.case.dtype, self.case.precision) == (torch.float32, "ieee") or self.case.takes_up
+        if not self.matrix_instructions and not without:
             faults.append(f"no {MATRIX_INSTRUCTIONS[device.architecture]}")
         if self.case.bar and not (self.slots and self.slots <= self.case.bar):
             counted = "no common path" if self.slots is None else f"{self.slots:.2f} slots per logit"
@@ -214,15 +221,16 @@ def _launch(case: Case) -> str:
         return "projection_kernel"
     vector = torch.zeros(ROWS, dtype=torch.float64)
     factor = torch.ones(ROWS) if case.factors else None
-    block = Block(x, y, torch.ones(()), torch.zeros(()), 0, factor, factor)
+    keep = "kept" in (kernel, case.option)
+    block = Block(x, y, torch.ones(()), torch.zeros(()), 0, factor, factor, keep=keep)
     if case.option in SAME_IDS or case.option.endswith("ids"):
         ids = torch.zeros(ROWS, dtype=torch.int32)
         block = block._replace(row_ids=ids, col_ids=ids, same_id=case.option if case.option in SAME_IDS else IGNORE)
     if case.option.startswith("matches"):
         launch.matches(block, **options)
         kernel = "matches"
-    elif kernel in ("statistics", "ranks"):
-        launch.forward(block, Matches(vector, vector) if case.option.startswith("ranks") else None, **options)
+    elif kernel in ("statistics", "ranks", "kept"):
+        launch.forward(block, Matches(vector, vector) if "ranks" in case.option else None, **options)
         kernel = "statistics"
     elif kernel == "sigmoid":
         launch.sigmoid(block, 1.0, case.option != "loss alone", case.dtype, **options)
@@ -231,7 +239,9 @@ def _launch(case: Case) -> str:
         launch.distillation(block, weights, block, weights, case.option != "loss alone", case.dtype, **options)
     else:
         options["strategy"] = "chunks" if kernel == "gradient" else "registers"
-        launch.backward(block, Weights(*[vector] * (7 if block.adds_positives else 5)), **options)
+        weights = Weights(*[vector] * (7 if block.adds_positives else 5))
+        kept = torch.zeros(tuning.kept_size(ROWS, ROWS)) if keep else None
+        launch.backward(block, weights._replace(kept=kept), **options)
     return f"{kernel}_kernel"
 
 

@@ -64,7 +64,7 @@ def contrastive_loss(
         scale, bias = scalars(x, logit_scale, 0.0 if logit_bias is None or biases is not None else logit_bias)
         needs = {IDS} if ids[0] is not None else set()
         backend = select(x, y, backend, needs | {RANKS} if return_metrics else needs)
-        allowed = dispatch.allowed_bytes(keep_bytes)
+        allowed, _ = dispatch.allowed_bytes(keep_bytes, backend, x.dtype)
     if projections and (ranks is not None or biases is not None):
         x, y = (side.plain_rows(x.dtype) for side in projections)
         projections = ()

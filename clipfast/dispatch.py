@@ -67,28 +67,32 @@ def kept_bytes(backend: str, n: int, m: int, dtype: torch.dtype) -> int:
     return of_backend(n, m) * accumulation_dtype(dtype).itemsize if of_backend else 0
 
 
-def keeps_logits(
-    backend: str, n: int, columns: Sequence[int], dtype: torch.dtype, keep_bytes: int | None = None
-) -> int:
-    """The bytes of the logits of blocks [n, m], m one of `columns`, that are kept: of all, where they fit `keep_bytes`.
+def keeps_logits(backend: str, n: int, columns: Sequence[int], dtype: torch.dtype, allowed: int) -> int:
+    """The bytes of the logits of blocks [n, m], m one of `columns`, that are kept: of all, where `allowed` bytes do."""
+    kept = sum(kept_bytes(backend, n, m, dtype) for m in columns if n and m)
+    return kept if kept <= allowed else 0
 
-    None asks the environment variable CLIPFAST_KEEP_BYTES, and where that is unset or empty takes KEEP_BYTES.
+
+def allowed_bytes(keep_bytes: int | None, backend: str, dtype: torch.dtype) -> tuple[int, str]:
+    """How many bytes of logits may be kept, and what says so.
+
+    None asks the environment variable CLIPFAST_KEEP_BYTES, and where that is unset or empty takes KEEP_BYTES, or 0
+    where the backend says that keeping does not pay.
 
     Raises:
         ValueError: the environment variable is no number of bytes.
     """
-    kept = sum(kept_bytes(backend, n, m, dtype) for m in columns if n and m)
-    return kept if kept <= allowed_bytes(keep_bytes) else 0
-
-
-def allowed_bytes(keep_bytes: int | None) -> int:
-    """How many bytes of logits may be kept, as `keeps_logits` has it."""
     if keep_bytes is not None:
-        return keep_bytes
+        return keep_bytes, f"keep_bytes is {keep_bytes}"
     named = os.environ.get(KEEP_VARIABLE)
     if named and not named.isdecimal():
         raise ValueError(f"{KEEP_VARIABLE}: got {named!r}; accepted is a number of bytes")
-    return int(named) if named else KEEP_BYTES
+    if named:
+        return int(named), f"{KEEP_VARIABLE} is {named}"
+    of_backend = getattr(get(backend), "keeping", None)
+    pays, reason = of_backend(dtype) if of_backend else (True, "")
+    default = f"by default {f'up to {KEEP_BYTES >> 20} MiB are' if pays else 'none is'}"
+    return KEEP_BYTES if pays else 0, f"{default}: {reason}" if reason else default
 
 
 def _reasons_against(candidate: ModuleType, problem: Problem, backend: str) -> tuple[str, ...]:

@@ -34,11 +34,14 @@ class Explanation:
     forward_products: float
     backward_products: float
     keeps_logits: bool
+    keeps_because: str  # what says so, of a loss that can
     ranks: Prediction | None = None
 
     def __str__(self) -> str:
         p = self.problem
         wants = f", with {', '.join(sorted(p.needs))}" if p.needs else ""
+        kept = "kept for the backward pass" if self.keeps_logits else "never stored"
+        kept += f"; {self.keeps_because}" if self.keeps_because else ""
         lines = [
             f"x [{p.n}, {p.d}], y [{p.m}, {p.d}], {p.dtype}, on {p.device}{wants}",
             f"backend: {self.chosen}",
@@ -46,8 +49,7 @@ class Explanation:
             f"saved for backward:  {_mib(self.saved_bytes)}",
             f"workspace at most:   {_mib(self.workspace_bytes)}",
             f"gradients dx, dy:    {_mib(self.gradient_bytes)}",
-            f"one n*m logits copy: {_mib(self.dense_logits_bytes)} "
-            f"({'kept for the backward pass, for it is small' if self.keeps_logits else 'never stored'})",
+            f"one n*m logits copy: {_mib(self.dense_logits_bytes)} ({kept})",
             f"products: {self.forward_products:g} P forward, {self.backward_products:g} P backward",
         ]
         if self.ranks is not None:
@@ -121,7 +123,10 @@ def explain(
     module = dispatch.get(chosen)
     workspace = module.workspace_bytes(problem)
     columns = [m] * world_size if ranks and ranks.scheme != GATHER else [visited]
-    kept = dispatch.keeps_logits(chosen, n, columns, dtype, keep_bytes) if loss == "contrastive" else 0
+    kept, keeps_because = 0, ""
+    if loss == "contrastive":
+        allowed, keeps_because = dispatch.allowed_bytes(keep_bytes, chosen, dtype)
+        kept = dispatch.keeps_logits(chosen, n, columns, dtype, allowed)
     if ranks and kept:
         fewer = ranks.backward_products - 1 / world_size
         ranks = ranks._replace(backward_products=fewer, saved_bytes=ranks.saved_bytes + kept)
@@ -145,6 +150,7 @@ def explain(
         gradient_bytes=(n + m) * d * dtype.itemsize,
         dense_logits_bytes=n * world_size * m * 4,
         keeps_logits=kept > 0,
+        keeps_because=keeps_because,
         forward_products=ranks.forward_products if ranks else forward_products,
         backward_products=ranks.backward_products if ranks else backward_products,
         ranks=ranks,

@@ -75,10 +75,10 @@ def contrastive_loss(
             ranks) or "auto", which gathers where all texts and their gradients take no more than 4 GiB.
         equal_shards: a promise that all ranks call with the same shapes, dtypes, options and wanted gradients. They do
             not compare them then, and do not wait for the device.
-        keep_bytes: so many bytes of logits may stay between the passes. Where all of this process's fit, the backward
-            pass of `cpu` and `torch` does not recompute them, with the same result to the last bit; in a group those of
-            its own images with all texts. None for the environment variable CLIPFAST_KEEP_BYTES, or 64 MiB; 0 never
-            keeps them.
+        keep_bytes: so many bytes of logits may stay between the passes. Where all of this process's fit, in a group
+            those of its own images with all texts, the backward pass does not recompute them, with the same result to
+            the last bit, of `triton` to a rounding. None for the environment variable CLIPFAST_KEEP_BYTES, or 64 MiB,
+            of `triton` where products are exact float32 and else 0, which never keeps them.
         deterministic: every backend repeats bitwise, so None, True and False give the same result.
         backend: "auto" or a name from `clipfast.backends()`; a name never falls back to another backend.
 

@@ -15,8 +15,9 @@ from importlib import metadata
 
 import torch
 
-# "ranks" is the statistics kernel with ids or ranks, and the matches that they are counted by.
-KERNELS = ("statistics", "ranks", "gradient", "accumulate", "sigmoid", "distillation", "projection")
+# "ranks" is the statistics kernel with ids or ranks, and the matches that they are counted by; "kept" is the one that
+# stores its products, with or without these.
+KERNELS = ("statistics", "ranks", "kept", "gradient", "accumulate", "sigmoid", "distillation", "projection")
 
 # Bytes of H at a time in the backward pass. H, its rows of x and y, and the totals that it is added to stay in an L2
 # cache of 40 MB or more.
@@ -72,7 +73,7 @@ class Config:
 
         0 where they lie otherwise: a thread's own parts would have to be gathered first.
         """
-        if self.architecture in ("sm_80", "sm_100", "gfx942") or self.itemsize == 4:
+        if self.architecture in ("sm_80", "sm_100", "gfx942", "interpreter") or self.itemsize == 4:
             return 0
         return min(self.num_warps, self.block_m // 16)
 
@@ -197,8 +198,13 @@ def persistent_programs(n: int, m: int, config: Config, processors: int) -> int:
 
 
 def padded(cols: int) -> int:
-    """Elements from one row of H to the next, so that every row starts aligned."""
+    """Elements from one row of H, or of kept products, to the next, so that every row starts aligned."""
     return -(-cols // 64) * 64
+
+
+def kept_size(n: int, m: int) -> int:
+    """How many float32 numbers the products of an [n, m] block take that stay between the passes."""
+    return n * padded(m)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -242,6 +248,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("gradient", "sm_80", 2, 128, 64, 32, 8, 4),
     Config("accumulate", "sm_80", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("ranks", "sm_80", 2, 128, 64, 32, 8, 3),
+    Config("kept", "sm_80", 2, 128, 64, 32, 8, 3),
     Config("sigmoid", "sm_80", 2, 128, 128, 32, 8, 3),
     Config("distillation", "sm_80", 2, 128, 64, 32, 8, 2),
     Config("projection", "sm_80", 2, 128, 128, 32, 8, 3),
@@ -249,6 +256,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("gradient", "sm_80", 4, 128, 64, 32, 8, 3),
     Config("accumulate", "sm_80", 4, 64, 32, 32, 8, 1, block_out=64),
     Config("ranks", "sm_80", 4, 128, 32, 32, 8, 3),
+    Config("kept", "sm_80", 4, 32, 64, 32, 8, 3),
     Config("sigmoid", "sm_80", 4, 128, 64, 32, 8, 3),
     Config("distillation", "sm_80", 4, 64, 64, 32, 8, 2),
     Config("projection", "sm_80", 4, 64, 64, 32, 8, 3),
@@ -260,6 +268,8 @@ CONFIGS: tuple[Config, ...] = (
     Config("accumulate", "sm_90", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("ranks", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
     Config("ranks", "sm_90", 2, 128, 64, 64, 8, 3),
+    Config("kept", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
+    Config("kept", "sm_90", 2, 64, 64, 64, 8, 3),
     Config("sigmoid", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
     Config("sigmoid", "sm_90", 2, 64, 128, 64, 8, 3),
     Config("distillation", "sm_90", 2, 64, 64, 32, 8, 2),
@@ -268,6 +278,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("gradient", "sm_90", 4, 128, 64, 16, 8, 3),
     Config("accumulate", "sm_90", 4, 64, 64, 32, 8, 1, block_out=64),
     Config("ranks", "sm_90", 4, 64, 32, 32, 8, 3),
+    Config("kept", "sm_90", 4, 64, 64, 32, 8, 2),
     Config("sigmoid", "sm_90", 4, 64, 64, 32, 8, 3),
     Config("distillation", "sm_90", 4, 64, 64, 32, 8, 2),
     Config("projection", "sm_90", 4, 64, 64, 32, 8, 3),
@@ -278,6 +289,8 @@ CONFIGS: tuple[Config, ...] = (
     Config("accumulate", "sm_100", 2, 64, 64, 64, 8, 2, block_out=256),
     Config("ranks", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
     Config("ranks", "sm_100", 2, 64, 64, 64, 4, 3),
+    Config("kept", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
+    Config("kept", "sm_100", 2, 64, 64, 64, 8, 3),
     Config("sigmoid", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
     Config("sigmoid", "sm_100", 2, 128, 64, 64, 8, 3),
     Config("distillation", "sm_100", 2, 64, 64, 32, 8, 2),
@@ -286,6 +299,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("gradient", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("accumulate", "sm_100", 4, 64, 64, 16, 8, 1, block_out=64),
     Config("ranks", "sm_100", 4, 64, 32, 32, 8, 3),
+    Config("kept", "sm_100", 4, 64, 32, 32, 8, 3),
     Config("sigmoid", "sm_100", 4, 64, 32, 32, 8, 3),
     Config("distillation", "sm_100", 4, 64, 64, 32, 8, 2),
     Config("projection", "sm_100", 4, 64, 64, 32, 8, 3),
@@ -293,6 +307,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("gradient", "gfx942", 2, 128, 128, 32, 8, 2),
     Config("accumulate", "gfx942", 2, 64, 64, 64, 8, 1, block_out=256),
     Config("ranks", "gfx942", 2, 128, 128, 32, 8, 2),
+    Config("kept", "gfx942", 2, 128, 64, 32, 8, 2),
     Config("sigmoid", "gfx942", 2, 128, 128, 32, 8, 2),
     Config("distillation", "gfx942", 2, 64, 64, 32, 8, 1),
     Config("projection", "gfx942", 2, 128, 128, 32, 8, 2),
@@ -300,11 +315,13 @@ CONFIGS: tuple[Config, ...] = (
     Config("gradient", "gfx942", 4, 64, 64, 32, 8, 1),
     Config("accumulate", "gfx942", 4, 64, 64, 32, 8, 1, block_out=64),
     Config("ranks", "gfx942", 4, 64, 64, 32, 8, 1),
+    Config("kept", "gfx942", 4, 64, 64, 32, 8, 1),
     Config("sigmoid", "gfx942", 4, 64, 64, 32, 8, 1),
     Config("distillation", "gfx942", 4, 64, 32, 32, 8, 1),
     Config("projection", "gfx942", 4, 64, 64, 32, 8, 1),
     Config("statistics", "interpreter", 0, 128, 128, 128, 4, 1),
     Config("ranks", "interpreter", 0, 128, 128, 128, 4, 1),
+    Config("kept", "interpreter", 0, 128, 128, 128, 4, 1),
     Config("gradient", "interpreter", 0, 128, 128, 128, 4, 1),
     Config("accumulate", "interpreter", 0, 128, 128, 128, 4, 1, block_out=256),
     Config("sigmoid", "interpreter", 0, 128, 128, 128, 4, 1),

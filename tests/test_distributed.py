@@ -69,7 +69,7 @@ def test_repeats_bitwise(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("options", ["plain", "normalize, smoothing", "ignore", "positive, smoothing", "metrics"])
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 def test_kept_logits_change_no_bit(ranks: Ranks, backend: str, options: str, scheme: str) -> None:
     """Of unequal shards, and where one rank's fit what others' do not."""
     problem = Problem(1, 1, 1, torch.float32, torch.device("cpu"))

@@ -192,6 +192,7 @@ def projected_step(x: Tensor, y: Tensor, scale: Tensor, backend: str) -> tuple[T
 STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "plain": step,
     "norms": functools.partial(step, normalize=True),
+    "kept logits": functools.partial(step, keep_bytes=1 << 40),
     "ignored ids": functools.partial(step_with_ids, same_id="ignore"),
     "positive ids": functools.partial(step_with_ids, same_id="positive"),
     "sigmoid": sigmoid_step,

@@ -152,7 +152,7 @@ def test_measuring_goes_on_after_a_candidate_that_ended_the_process(
     monkeypatch.setattr(gpu, "command", stand_in(die, die, finish))
     assert gpu.measure(FIRST, tmp_path, 60).startswith("6 cases are in")
     monkeypatch.setattr(gpu, "command", stand_in(die, finish))
-    with pytest.raises(gpu.PartError, match="6 of 95 cases are in"):
+    with pytest.raises(gpu.PartError, match="6 of 97 cases are in"):
         gpu.measure(gpu_grid(), tmp_path, 60)
     (tmp_path / "speed.json").unlink()
     monkeypatch.setattr(gpu, "command", stand_in(break_down))
@@ -188,7 +188,7 @@ def test_the_whole_plan_with_stand_ins(tmp_path: Path, monkeypatch: pytest.Monke
     parts = json.loads((tmp_path / "record.json").read_text())["parts"]
     assert list(parts) == [part.name for part in gpu.plan(tmp_path)]
     assert parts["rates"]["line"] == "last line"
-    assert parts["grid"]["line"].startswith("95 cases are in")
+    assert parts["grid"]["line"].startswith("97 cases are in")
     assert "failed" in parts["check"]
     monkeypatch.setattr(environment, "describe", lambda device: IDENTITY | {"commit": "4567"})
     with pytest.raises(SystemExit, match="holds another run's results"):

@@ -10,11 +10,24 @@ import pytest
 import torch
 from oracle import SCALES, assert_three_way, error, evaluate, features, ours
 from torch import Tensor
-from triton_case import ACCUMULATE, BACKWARD, DEVICE, DTYPES, GRADIENT, OFFSETS, SHAPES, SMALL, STATISTICS, Case, block
+from triton_case import (
+    ACCUMULATE,
+    BACKWARD,
+    DEVICE,
+    DTYPES,
+    GRADIENT,
+    OFFSETS,
+    SHAPES,
+    SMALL,
+    STATISTICS,
+    Case,
+    block,
+    with_ids,
+)
 
 import clipfast
 from clipfast import reference, tuning
-from clipfast.block import Weights
+from clipfast.block import IGNORE, POSITIVE, Weights
 from clipfast.kernels import chunks, launch
 from clipfast.kernels.operands import Operands
 from clipfast.kernels.tiles import MAX_SPREAD
@@ -79,6 +92,41 @@ def test_whole_tiles_through_descriptors(factors: bool, dtype: torch.dtype) -> N
     case = Case(case.x, case.y, case.scale, case.bias, -3, *vectors)
     case.check_forward(config=replace(STATISTICS, tma=True))
     case.check_backward(config=replace(GRADIENT, tma=True), strategy="chunks")
+
+
+@pytest.mark.parametrize("scale", [0.0, 14.3, -14.3, 1000.0])
+@pytest.mark.parametrize("same_id", [None, IGNORE, POSITIVE])
+def test_kept_products(same_id: str | None, scale: float) -> None:
+    """The same bits of the products that the forward pass stores, whatever lies in their padding; wide tiles too."""
+    config = replace(GRADIENT, itemsize=4)  # sums of tiles that are loaded are not taken by the products' threads
+    plain = block(45, 70, 20, torch.float32, scale, diag_offset=3)
+    factors = [1 / t.norm(dim=1) for t in (plain.x, plain.y)]
+    for case in (plain, Case(plain.x, plain.y, plain.scale, plain.bias, 3, *factors)):
+        case = case if same_id is None else with_ids(case, 30, same_id)
+        statistics = launch.forward(replace(case.block, keep=True), config=STATISTICS)
+        for got, expected in zip(statistics[:3], case.forward(config=STATISTICS)[:3], strict=True):
+            assert torch.equal(got, expected)
+        products = statistics.kept.view(45, -1)
+        assert error(products[:, :70], case.x.double() @ case.y.double().T) <= 1e-4
+        products[:, 70:] = torch.nan
+        formed, taken_up, of_zeros = (
+            case.backward(config=config, strategy="chunks", kept=kept)
+            for kept in (None, statistics.kept, torch.zeros_like(statistics.kept))
+        )
+        assert all(torch.equal(got, expected) for got, expected in zip(taken_up, formed, strict=True))
+        assert not torch.equal(of_zeros.dscale, formed.dscale)
+
+
+def test_kept_products_of_several_chunks() -> None:
+    config = tuning.Config("gradient", "test", 4, 128, 128, 16, 4, 1)
+    case = block(520, 600, 16, torch.bfloat16, diag_offset=-9)
+    kept = launch.forward(replace(case.block, keep=True), config=config).kept
+    for descriptors in (False, True):
+        formed, taken_up = (
+            case.backward(config=replace(config, tma=descriptors), strategy="chunks", workspace=1, kept=of)
+            for of in (None, kept)
+        )
+        assert all(torch.equal(got, expected) for got, expected in zip(taken_up, formed, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 14.3, -14.3, 100.0])

@@ -70,6 +70,7 @@ def ids_or_none(wanted: bool) -> tuple[Tensor | None, Tensor | None]:
 PLAIN = softmax.Options(False, 0.0, "both", "mean", "ignore", False, "triton")
 OPTIONS: dict[str, tuple[bool, dict[str, Any]]] = {  # with ids, and others
     "plain": (False, {}),
+    "kept": (False, {"keep": True, "normalize": True}),
     "one direction": (False, {"normalize": True, "direction": "image_to_text", "reduction": "none"}),
     "smoothing, metrics": (False, {"label_smoothing": 0.1, "metrics": True}),
     "ignore, metrics": (True, {"normalize": True, "metrics": True}),

@@ -29,12 +29,12 @@ SHAPES = ((1, 1, 5), (1, 40, 7), (40, 1, 16), (33, 17, 3), (75, 90, 37), (64, 96
 OFFSETS = (0, 5, -7, 31, 500, -500, 2**40, -(2**40))
 
 # Several tiles a program and several programs, at 6 processors in the interpreter.
-STATISTICS, RANKS, GRADIENT, SIGMOID, DISTILLATION = (
+STATISTICS, RANKS, KEPT, GRADIENT, SIGMOID, DISTILLATION = (
     tuning.Config(kernel, "test", 0, 32, 16, 16, 4, 1)
-    for kernel in ("statistics", "ranks", "gradient", "sigmoid", "distillation")
+    for kernel in ("statistics", "ranks", "kept", "gradient", "sigmoid", "distillation")
 )
 ACCUMULATE = tuning.Config("accumulate", "test", 0, 32, 16, 16, 4, 1, block_out=16)
-SMALL = (STATISTICS, RANKS, GRADIENT, ACCUMULATE, SIGMOID, DISTILLATION)
+SMALL = (STATISTICS, RANKS, KEPT, GRADIENT, ACCUMULATE, SIGMOID, DISTILLATION)
 BACKWARD = {"chunks": GRADIENT, "registers": ACCUMULATE}
 
 
@@ -95,9 +95,9 @@ class Case:
     def forward(self, **options: object) -> tuple[Tensor, ...]:
         return launch.forward(self.block, **options)
 
-    def backward(self, **options: object) -> Gradients:
+    def backward(self, kept: Tensor | None = None, **options: object) -> Gradients:
         weights = Weights(
-            self.row_lse, self.row_weight, self.col_lse, self.col_weight, self.positive_weight, *self.targets
+            self.row_lse, self.row_weight, self.col_lse, self.col_weight, self.positive_weight, *self.targets, kept
         )
         return launch.backward(self.block, weights, **options)
 

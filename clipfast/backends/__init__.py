@@ -55,6 +55,11 @@ Distillation, of a block and its teacher's T, which has no positives, nor ids:
 With factors f [n] and g [m], f_i x_i and g_j y_j are taken for x and y; dx and dy remain gradients by x and y, through
 the norms (clipfast/norms.py).
 
+A backend that can keep logits from `forward` to `backward` (`Block.keep`, `Statistics.kept`, `Weights.kept`) holds
+
+    kept_size(n, m) -> how many numbers of the accumulation dtype they take
+    keeping(dtype) -> whether it does so where nobody asks for it, and why; a backend without it does
+
 Blocks merge: logaddexp over logsumexps, sum over positives, counts, losses and gradients, maximum over matches; of two
 crosses the mean weighted by exp(t_lse).
 

@@ -57,6 +57,14 @@ def side_ids(vectors, offs, length, SAME: tl.constexpr):  # [BLOCK], int32
 
 
 @triton.jit
+def load_products(kept, row, col, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile of what the forward pass stored (statistics.py); what lies beyond n and m is arbitrary."""
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    inside = (offs_m < n)[:, None] & (offs_n < kept[1])[None, :]
+    return tl.load(kept[0] + offs_m.to(tl.int64)[:, None] * kept[1] + offs_n[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def has_distinct_ids(
     rows, cols, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAME: tl.constexpr
 ):  # fmt: skip
@@ -177,6 +185,7 @@ def gradient_kernel(
     h_ptr,
     dscale_ptr,  # [programs], float64: each program adds its part
     scratch,  # [programs, BLOCK_M * BLOCK_N]
+    kept,  # ([n, at least m], stride): the products of the forward pass, which are not formed again; or None
     n,  # of the chunk's end
     m,
     d,
@@ -212,10 +221,13 @@ def gradient_kernel(
         row, col = block_m * BLOCK_M, block_n * BLOCK_N
         if SAME != NO_IDS:
             distinct = has_distinct_ids(rows, cols, row, col, n, m, BLOCK_M, BLOCK_N, SAME)
-        z = product(
-            x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
-            BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
-        )  # fmt: skip
+        if kept is None:
+            z = product(
+                x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
+                BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
+            )  # fmt: skip
+        else:
+            z = load_products(kept, row, col, n, BLOCK_M, BLOCK_N)
         distance = diagonal_distance(row, col, diag_offset, BLOCK_M, BLOCK_N)
         plain = is_plain(row, col, distance, n, m, BLOCK_M, BLOCK_N)
         if SAME != NO_IDS:

@@ -45,12 +45,14 @@ def forward(
     """The contract's forward. `config` and `precision` override what `tuning` chooses."""
     x, scale, n, m = block.x, block.scale, block.n, block.m
     operands = Operands.of(x, block.y, precision)
-    config = config or operands.choose("statistics" if matches is None and not block.ignores else "ranks")
+    kernel = "kept" if block.keep else "ranks" if matches is not None or block.ignores else "statistics"
+    config = config or operands.choose(kernel)
     programs_m, programs_n = _grid(block, config)
     row_partial = x.new_empty((2, programs_n, 2, n), dtype=torch.float32)
     col_partial = x.new_empty((2, programs_m, 2, m), dtype=torch.float32)
     scratch = x.new_empty((programs_m * programs_n, config.tile_scratch), dtype=torch.float32)
     positive_z = x.new_empty(n, dtype=torch.float32)
+    kept = x.new_empty(tuning.kept_size(n, m), dtype=torch.float32) if block.keep else None
     row_lse, col_lse, positive = (x.new_empty(size, dtype=torch.float64) for size in (n, m, n))
     row_above = col_above = ranks = None
     if matches is not None:
@@ -62,7 +64,8 @@ def forward(
             *(scale, block.x_factor, block.y_factor),
             _ids(block) if block.ignores or ranks is not None else None,
             ranks,
-            *(row_partial, col_partial, scratch, positive_z, n, m, operands.d, nearest_offset(block)),
+            *(row_partial, col_partial, scratch, positive_z, _kept(block, kept)),
+            *(n, m, operands.d, nearest_offset(block)),
             *operands.strides,
             programs_n,
             **operands.options(config),
@@ -76,7 +79,7 @@ def forward(
             *(n, m, nearest_offset(block), programs_m, programs_n),
             BLOCK=VECTOR_BLOCK,
         )
-    return Statistics(row_lse, col_lse, positive, row_above, col_above)
+    return Statistics(row_lse, col_lse, positive, row_above, col_above, kept)
 
 
 def matches(block: Block, *, config: Config | None = None, precision: str | None = None) -> Matches:
@@ -112,7 +115,7 @@ def backward(
 ) -> Gradients:
     """The contract's backward, by one of tuning.STRATEGIES; dx and dy are in the block's dtype where none is given.
 
-    H takes at most `workspace` bytes or its smallest chunk.
+    H takes at most `workspace` bytes or its smallest chunk. "registers" takes up no kept products.
     """
     if strategy not in tuning.STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}; accepted are {', '.join(map(repr, tuning.STRATEGIES))}")
@@ -157,11 +160,14 @@ class Pass:
         fixed = (
             *(*self.operands.tiles(config), block.scale, self.rows, self.cols, self._shares(config)),
             *(pair(block.x_factor, block.y_factor), h_tile(h_buffer, config), h_buffer, dscale, scratch),
+            _kept(block, self.weights.kept),
         )
         numbers = self.operands.d, nearest_offset(block)
         strides = *self.operands.strides, h_buffer.stride(0)
         options = self.operands.options(config)
-        options |= {"USE_TMA": config.tma, "SAME": _same(block), "ROW_WARPS": config.row_warps}
+        options |= {"USE_TMA": config.tma, "SAME": _same(block)}
+        # What is loaded does not lie as the products of matrix instructions do.
+        options["ROW_WARPS"] = config.row_warps if self.weights.kept is None else 0
         launch = launches(gradient_kernel, programs, options)
 
         def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
@@ -335,6 +341,11 @@ def distillation(
 
 def _grid(block: Block, config: Config) -> tuple[int, int]:
     return tuning.program_grid(block.n, block.m, config, tuning.describe(block.x.device).processors)
+
+
+def _kept(block: Block, kept: Tensor | None) -> tuple[Tensor, int] | None:
+    """The products that stay between the passes, as the kernels take them."""
+    return None if kept is None else (kept, tuning.padded(block.m))
 
 
 def _ids(block: Block) -> tuple[Tensor, Tensor] | None:

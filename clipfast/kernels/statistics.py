@@ -45,6 +45,15 @@ def store_sums(partial, stride, first, length, shift, sums):
 
 
 @triton.jit
+def store_products(kept, z, row, col, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a tile as far as kept's rows reach, which are padded, so that every access is of 16 bytes."""
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    first = kept[0] + row.to(tl.int64) * kept[1] + col
+    inside = (row + offs_m < n)[:, None] & (col + offs_n < kept[1])[None, :]
+    tl.store(first + offs_m.to(tl.int64)[:, None] * kept[1] + offs_n[None, :], z, mask=inside)
+
+
+@triton.jit
 def add_general_tile(
     z,  # [BLOCK_M, BLOCK_N], with the scale's sign
     scratch,  # [BLOCK_M, BLOCK_N]
@@ -178,6 +187,7 @@ def statistics_kernel(
     col_partial,  # [2, programs_m, 2, m]
     scratch,  # [programs, BLOCK_M * BLOCK_N]
     positive_z,  # [n], with the scale's sign
+    kept,  # ([n, at least m], stride): for the products, without factors and sign; or None
     n,
     m,
     d,
@@ -229,6 +239,8 @@ def statistics_kernel(
                 x, y, row, col, n, m, d, stride_xm, stride_xd, stride_yn, stride_yd,
                 BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
             )  # fmt: skip
+            if kept is not None:
+                store_products(kept, z, row, col, n, BLOCK_M, BLOCK_N)
             if HAS_FACTORS:
                 z *= load_part(x_factor, row, n, BLOCK_M)[:, None]
                 z *= load_part(y_factor, col, m, BLOCK_N)[None, :]
