@@ -36,7 +36,7 @@ def runner(tmp_path: Path, budget: float = 60, cases: tuple[Case, ...] = (CASE,)
 
 @pytest.mark.skipif(not peak.available(), reason="no compiled kernels")
 def test_the_peak_counts_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bfloat16 instruction of AVX-512 does twice a float32's work, so a loop beyond that has lost some of its sums."""
+    """An instruction of bfloat16 pairs does twice a float32's work: a loop that does more has lost some of its sums."""
     if not cpu.instruction_sets()["avx512_bf16"]:
         pytest.skip("this processor has no avx512_bf16")
     monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, "avx512_bf16")

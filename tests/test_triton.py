@@ -103,7 +103,7 @@ def test_kept_products(same_id: str | None, scale: float) -> None:
     factors = [1 / t.norm(dim=1) for t in (plain.x, plain.y)]
     for case in (plain, Case(plain.x, plain.y, plain.scale, plain.bias, 3, *factors)):
         case = case if same_id is None else with_ids(case, 30, same_id)
-        statistics = launch.forward(replace(case.block, keep=True), config=STATISTICS)
+        statistics = launch.forward(case.block._replace(keep=True), config=STATISTICS)
         for got, expected in zip(statistics[:3], case.forward(config=STATISTICS)[:3], strict=True):
             assert torch.equal(got, expected)
         products = statistics.kept.view(45, -1)
@@ -120,7 +120,7 @@ def test_kept_products(same_id: str | None, scale: float) -> None:
 def test_kept_products_of_several_chunks() -> None:
     config = tuning.Config("gradient", "test", 4, 128, 128, 16, 4, 1)
     case = block(520, 600, 16, torch.bfloat16, diag_offset=-9)
-    kept = launch.forward(replace(case.block, keep=True), config=config).kept
+    kept = launch.forward(case.block._replace(keep=True), config=config).kept
     for descriptors in (False, True):
         formed, taken_up = (
             case.backward(config=replace(config, tma=descriptors), strategy="chunks", workspace=1, kept=of)
