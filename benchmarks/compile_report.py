@@ -47,7 +47,7 @@ MAX_STACK = 16  # bytes; above it, registers were spilled,
 MAX_STACK_OFF_PATH = 96  # which may be where few tiles go
 # Issue slots per logit, at most, without and with norms: of the table's first configuration for sm_90 and halves, as
 # Triton 3.9 and later compile it.
-BARS = {"statistics": (9.5, 11.5), "gradient": (9.5, 12.0)}
+BARS = {"statistics": (9.5, 11.5), "gradient": (9.5, 12.0), "sigmoid": (15.5, 19.0)}
 WIDTHS = (512, 101)  # d with aligned rows, and without, where pointers take the most registers
 ROWS = 512
 

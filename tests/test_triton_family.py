@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,8 +81,8 @@ def test_ranks_in_small_tiles(factors: bool, groups: int, scale: float) -> None:
 @pytest.mark.parametrize("same_id", [None, *SAME_IDS])
 @pytest.mark.parametrize("scale", [14.3, -14.3, 0.0])
 def test_sigmoid_in_small_tiles(scale: float, same_id: str | None, dtype: torch.dtype) -> None:
-    """Several tiles a program, and several chunks: the loss is the same with and without gradients."""
-    case = block(75, 90, 20, dtype, scale, diag_offset=5)
+    """Several tiles a program: negatives, positives, edges, large logits. Gradients do not change the loss."""
+    case = block(75, 210, 20, dtype, scale, diag_offset=5)
     if dtype != torch.float16:
         factors = [1 / t.float().norm(dim=1) for t in (case.x, case.y)]
         case = Case(case.x, case.y, case.scale, case.bias, 5, *factors)
@@ -91,8 +92,10 @@ def test_sigmoid_in_small_tiles(scale: float, same_id: str | None, dtype: torch.
     loss, gradient = softplus(sign * case.logits, threshold=700.0), sign * (sign * case.logits).sigmoid()
     if case.block.ignores:
         loss, gradient = (torch.where(case.same, 0, t) for t in (loss, gradient))
-    got = launch.sigmoid(case.block, 0.25, True, torch.float32, config=SIGMOID)
-    alone = launch.sigmoid(case.block, 0.25, False, torch.float32, config=SIGMOID)
+    # With itemsize 4 as where threads do not hold parts of rows.
+    config = replace(SIGMOID, itemsize=dtype.itemsize)
+    got = launch.sigmoid(case.block, 0.25, True, torch.float32, config=config)
+    alone = launch.sigmoid(case.block, 0.25, False, torch.float32, config=config)
     assert torch.equal(got.row_loss, alone.row_loss)
     assert ((got.row_loss - loss.sum(1)).abs() <= case.rounding * loss.sum(1)).all()
     assert error(got.dbias, 0.25 * gradient.sum()) <= case.rounding * gradient.abs().sum()

@@ -22,11 +22,9 @@ from clipfast.kernels.operands import (
     blocks,
     h_tile,
     launches,
-    nearest,
     nearest_offset,
     on,
     pair,
-    part,
 )
 from clipfast.kernels.ranks import NO_KEY, SIGN_BIT, matches_kernel
 from clipfast.kernels.sigmoid import sigmoid_kernel
@@ -252,31 +250,36 @@ def sigmoid(
     scratch = x.new_empty((programs, config.tile_scratch), dtype=torch.float32)
     loss_partial = x.new_empty(blocks(shape[1], config.block_n) * shape[0], dtype=torch.float32)
     row_loss = x.new_zeros(n, dtype=torch.float64)
-    factors, ids = pair(block.x_factor, block.y_factor), pair(block.row_ids, block.col_ids)
+    h_buffer = operands.x.new_empty((shape[0], tuning.padded(shape[1]))) if gradients else None
+    fixed = (
+        *(*operands.tiles(config), block.scale, block.bias),
+        *(pair(block.x_factor, block.y_factor), _ids(block)),
+        *(h_tile(h_buffer, config) if h_buffer is not None else None, h_buffer, loss_partial, sums, scratch),
+    )
+    strides = *operands.strides, 0 if h_buffer is None else h_buffer.stride(0)
     options = operands.options(config)
-    options |= {"USE_TMA": config.tma, "SAME": _same(block), "GRADIENTS": gradients}
+    options |= {"USE_TMA": config.tma, "SAME": _same(block), "GRADIENTS": gradients, "ROW_WARPS": config.row_warps}
     launch = launches(sigmoid_kernel, programs, options)
 
     def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
-        chunk = operands.part(rows, cols)
-        loss = loss_partial[: blocks(len(chunk.y), config.block_n) * len(chunk.x)].view(-1, len(chunk.x))
         launch(
-            *(*chunk.tiles(config), block.scale, block.bias, part(factors, rows, cols), part(ids, rows, cols)),
-            *(h, loss, sums, scratch, len(chunk.x), len(chunk.y), chunk.d),
-            nearest(block.diag_offset + rows.start - cols.start, len(chunk.x), len(chunk.y)),
-            *(*chunk.strides, 0 if h is None else h.stride(0)),
+            *fixed,
+            *(rows.stop, cols.stop, operands.d, nearest_offset(block), rows.start, cols.start),
+            *strides,
         )
+        count = rows.stop - rows.start
+        loss = loss_partial[: blocks(cols.stop - cols.start, config.block_n) * count].view(-1, count)
         row_loss[rows] += loss.sum(dim=0, dtype=row_loss.dtype)
 
     with on(x.device):
-        if sums is None:
+        if sums is None or h_buffer is None:
             without_products(n, m, shape, fill)
             return SigmoidPass(row_loss, None, None)
         of_h = x.new_full(
             (), unit / AMPLIFIER.value if operands.x.dtype == torch.float16 else unit, dtype=torch.float32
         )
         products = Products(block, operands, dtype, of_h)
-        dx, dy = products.by_chunks(shape, products.buffer(shape), fill)
+        dx, dy = products.by_chunks(shape, h_buffer, fill)
         dbias, dscale = (sums.sum(dim=0) * unit).unbind()
         return SigmoidPass(row_loss, Gradients(dx, dy, dscale.to(block.scale.dtype)), dbias)
 
