@@ -47,7 +47,12 @@ MAX_STACK = 16  # bytes; above it, registers were spilled,
 MAX_STACK_OFF_PATH = 96  # which may be where few tiles go
 # Issue slots per logit, at most, without and with norms: of the table's first configuration for sm_90 and halves, as
 # Triton 3.9 and later compile it.
-BARS = {"statistics": (9.5, 11.5), "gradient": (9.5, 12.0), "sigmoid": (15.5, 19.0)}
+BARS = {
+    ("statistics", ""): (9.5, 11.5),
+    ("gradient", ""): (9.5, 12.0),
+    ("ranks", "ranks"): (18.0, 20.5),
+    ("sigmoid", ""): (15.5, 19.0),
+}
 WIDTHS = (512, 101)  # d with aligned rows, and without, where pointers take the most registers
 ROWS = 512
 
@@ -92,10 +97,11 @@ class Case:
     def bar(self) -> float | None:
         """The most slots per logit that it may ship with; None for any."""
         kernel = self.config.kernel
-        if kernel not in BARS or (self.d, self.option) != (WIDTHS[0], "") or tuning.triton_version() < (3, 9):
+        bars = BARS.get((kernel, self.option))
+        if bars is None or self.d != WIDTHS[0] or tuning.triton_version() < (3, 9):
             return None
         first = tuning.choose(kernel, DEVICES["sm_90"], 2, WIDTHS[0]).config
-        return BARS[kernel][self.factors] if self.config == first else None
+        return bars[self.factors] if self.config == first else None
 
     def __str__(self) -> str:
         config = self.config

@@ -4,8 +4,8 @@ A multiprocessor has four schedulers, and each issues one instruction of one war
 matrix products of a tile is measured in slots per logit, on the path that nearly all tiles take.
 
 A binary does not say which path that is. Here it is the shortest way round the loop over tiles that goes through the
-loop over d and has an exponential for every logit in straight code: kernels send a tile with positives, an edge or a
-wide range through a loop over its strips. The loop over d is the innermost one with matrix instructions, the loop over
+loop over d and no other, and has an exponential for every logit: kernels send a tile with positives, an edge or a wide
+range through a loop over its strips. The loop over d is the innermost one with matrix instructions, the loop over
 tiles the smallest around it. Instructions whose predicate is off take their slot too.
 """
 
@@ -214,7 +214,7 @@ def common_path(text: str, logits: int, products: int = 1) -> CommonPath:
     loops = loops_of(blocks)
     multiplying = {head: body for head, body in loops.items() if any(blocks[b].multiplies for b in body)}
     over_d = {h: body for h, body in multiplying.items() if not any(other < body for other in multiplying.values())}
-    strips = [body for h, body in loops.items() if h not in multiplying and any(blocks[b].exponentials for b in body)]
+    others = [body for h, body in loops.items() if h not in multiplying]
     # Over tiles: the smallest around one over d.
     around = {
         min(outer, key=lambda h: len(loops[h]))
@@ -224,7 +224,7 @@ def common_path(text: str, logits: int, products: int = 1) -> CommonPath:
     walks = [
         walk
         for head in around
-        if (walk := _shortest(blocks, loops, head, loops[head].difference(*strips), set(over_d), logits, products))
+        if (walk := _shortest(blocks, loops, head, loops[head].difference(*others), set(over_d), logits, products))
     ]
     if not walks:
         raise LookupError("no way round a loop over tiles has a product and an exponential of every logit")

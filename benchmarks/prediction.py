@@ -16,6 +16,7 @@ BANDWIDTHS = (
     64.0,
     39.0,
 )  # bytes from L2 in a cycle: what a multiprocessor can take; 5120 of all together, as an A100's
+FAMILY = (("sigmoid", ""), ("sigmoid", "loss alone"), ("ranks", "ranks"))
 VENDORS = (0.65, 0.75, 0.85)  # of the tensor peak
 
 
@@ -25,11 +26,8 @@ def rows() -> Iterator[str]:
         paths = []
         for kernel in MODELLED:
             case = Case(tuning.choose(kernel, DEVICE, 2, WIDTHS[0]).config, torch.bfloat16, "ieee", factors)
-            compiled = compiled_kernel(case)
-            cubin, shared = compiled.asm["cubin"], int(compiled.metadata.shared)
-            registers, _ = machine_code.resources(cubin)
-            fit = machine_code.programs_per_processor(case.config.num_warps, registers, shared, DEVICE.shared_bytes)
-            paths.append((machine_code.common_path(machine_code.disassemble(cubin), case.logits), case, fit))
+            path, fit = _path(case)
+            paths.append((path, case, fit))
         slots = " / ".join(f"{path.slots / case.logits:.1f}" for path, case, _ in paths)
         for bandwidth in BANDWIDTHS:
             for d in WIDTHS:
@@ -44,8 +42,37 @@ def rows() -> Iterator[str]:
                 )
 
 
+def family_rows() -> Iterator[str]:
+    """Of the sigmoid loss's kernel and of the metrics': slots and shares of the peak, at each d and rate of L2."""
+    for kernel, option in FAMILY:
+        for factors in (False, True):
+            case = Case(
+                tuning.choose(kernel, DEVICE, 2, WIDTHS[0]).config, torch.bfloat16, "ieee", factors, option=option
+            )
+            path, fit = _path(case)
+            shares = (
+                " / ".join(f"{cycles.timed(path, case.config, d, fit, rate).share_of_peak(d):.0%}" for d in WIDTHS)
+                for rate in BANDWIDTHS
+            )
+            name = f"{kernel}, {option}" if option else kernel
+            yield f"| {name} | {'yes' if factors else 'no'} | {path.slots / case.logits:.1f} | {' | '.join(shares)} |"
+
+
+def _path(case: Case) -> tuple[machine_code.CommonPath, int]:
+    """A case's common path, and how many of its programs fit a multiprocessor."""
+    compiled = compiled_kernel(case)
+    cubin, shared = compiled.asm["cubin"], int(compiled.metadata.shared)
+    registers, _ = machine_code.resources(cubin)
+    fit = machine_code.programs_per_processor(case.config.num_warps, registers, shared, DEVICE.shared_bytes)
+    return machine_code.common_path(machine_code.disassemble(cubin), case.logits), fit
+
+
 if __name__ == "__main__":
     print("| norms | L2 | d | slots per logit | share of the tensor peak | share of the vendor's rate at 4 P |")
     print("|---|---:|---:|---:|---:|---:|")
     for row in rows():
+        print(row, flush=True)
+    print("\n| kernel | norms | slots per logit | share of the tensor peak, L2 at 64 | at 39 |")
+    print("|---|---|---:|---:|---:|")
+    for row in family_rows():
         print(row, flush=True)

@@ -82,6 +82,27 @@ def test_the_common_path_has_an_exponential_of_every_logit_outside_loops() -> No
         machine_code.common_path(KERNEL, logits=2, products=2)
 
 
+def test_a_loop_beside_the_common_path_is_not_on_it() -> None:
+    """Strips of a tile that are only counted, shorter once round than the straight code."""
+    text = listing(
+        ".L_tiles:",
+        "FADD R0, R0, R0",
+        ".L_over_d:",
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
+        "@P0 BRA `(.L_over_d)",
+        "@P2 BRA `(.L_strips)",
+        *["FADD R0, R0, R0"] * 4,
+        ".L_join:",
+        "MUFU.EX2 R3, R4",
+        "@P5 BRA `(.L_tiles)",
+        "EXIT",
+        ".L_strips:",
+        "@P4 BRA `(.L_strips)",
+        "BRA `(.L_join)",
+    )
+    assert [i.name for i in machine_code.common_path(text, logits=1).after] == ["BRA", *["FADD"] * 4, "MUFU", "BRA"]
+
+
 def test_a_spill_on_the_common_path_is_seen() -> None:
     everywhere = KERNEL.replace("@!P3 BRA", "@!P3 STL")
     assert machine_code.common_path(everywhere, logits=2).spills == 2

@@ -72,6 +72,7 @@ def test_the_first_configurations_keep_their_bars() -> None:
         ("statistics", True, 11.5),
         ("gradient", False, 9.5),
         ("gradient", True, 12.0),
+        ("ranks", True, 20.5),
         ("sigmoid", False, 15.5),
         ("sigmoid", True, 19.0),
     ]

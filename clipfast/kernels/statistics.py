@@ -167,11 +167,19 @@ def count_general_tile(
 
 
 @triton.jit
-def count_plain_tile(z, ranks, scale, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def count_plain_tile(
+    z, ranks, col_counts, scale, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_WARPS: tl.constexpr
+):  # fmt: skip
+    """Add a tile's counts to the rows' and to the columns', which with ROW_WARPS are kept as column_sums are."""
     row_match, col_match = match_of(ranks[0], row, n, scale, BLOCK_M), match_of(ranks[1], col, m, scale, BLOCK_N)
-    by_row, by_col = not_below(z, row_match, col_match, 1)
-    tl.atomic_add(ranks[2] + row + tl.arange(0, BLOCK_M), by_row)
-    tl.atomic_add(ranks[3] + col + tl.arange(0, BLOCK_N), by_col)
+    by_row = tl.sum(tl.where(z < row_match[:, None], 0.0, 1.0), 1)
+    tl.atomic_add(ranks[2] + row + tl.arange(0, BLOCK_M), by_row.to(tl.int32))
+    above = tl.where(z < col_match[None, :], 0.0, 1.0)
+    if ROW_WARPS == 0:
+        tl.atomic_add(ranks[3] + col + tl.arange(0, BLOCK_N), tl.sum(above, 0).to(tl.int32))
+    else:
+        col_counts += column_sums(above, BLOCK_M, BLOCK_N, ROW_WARPS)
+    return col_counts
 
 
 @triton.jit(do_not_specialize=["n", "m", "diag_offset", "programs_n"])
@@ -231,6 +239,8 @@ def statistics_kernel(
         store_sums(col_partial + m, col_stride, col, m, -LARGEST, tl.zeros((BLOCK_N,), tl.float32))
         shift = tl.full((), -LARGEST, tl.float32)
         col_sums = tl.zeros((ROW_WARPS if ROW_WARPS else 1, 8 if ROW_WARPS else 1, BLOCK_N), tl.float32)
+        # Exact up to 2^24 rows of one thread, which holds one in 32 or fewer.
+        col_counts = tl.zeros_like(col_sums)
         for block_m in range(program_m, tl.cdiv(n, BLOCK_M), programs_m):
             row = block_m * BLOCK_M
             if ids is not None:
@@ -255,7 +265,9 @@ def statistics_kernel(
                 z = -z
             if ranks is not None:
                 if countable:
-                    count_plain_tile(z, ranks, scale, row, col, n, m, BLOCK_M, BLOCK_N)
+                    col_counts = count_plain_tile(
+                        z, ranks, col_counts, scale, row, col, n, m, BLOCK_M, BLOCK_N, ROW_WARPS
+                    )  # fmt: skip
                 else:
                     count_general_tile(
                         z, scratch, ids, ranks, scale, row, col, distance, n, m, BLOCK_M, BLOCK_N
@@ -287,6 +299,9 @@ def statistics_kernel(
             # Other threads of this program may read what these have written.
             tl.debug_barrier()
         store_sums(col_partial, col_stride, col, m, shift, tl.sum(tl.sum(col_sums, 1), 0))
+        if ranks is not None and ROW_WARPS:
+            offs_n = col + tl.arange(0, BLOCK_N)
+            tl.atomic_add(ranks[3] + offs_n, tl.sum(tl.sum(col_counts, 1), 0).to(tl.int32), mask=offs_n < m)
 
 
 @triton.jit
