@@ -268,7 +268,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("accumulate", "sm_90", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("ranks", "sm_90", 2, 128, 64, 64, 4, 3, tma=True, per_processor=2),
     Config("ranks", "sm_90", 2, 128, 64, 64, 8, 3),
-    Config("kept", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
+    Config("kept", "sm_90", 2, 64, 64, 64, 4, 3, tma=True),
     Config("kept", "sm_90", 2, 64, 64, 64, 8, 3),
     Config("sigmoid", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
     Config("sigmoid", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
