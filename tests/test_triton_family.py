@@ -102,8 +102,12 @@ def test_sigmoid_in_small_tiles(scale: float, same_id: str | None, dtype: torch.
     case.check_gradients(got.gradients, 0.25 * gradient, 0.25 * gradient.abs())
 
 
-def test_sigmoid_of_several_chunks() -> None:
+@pytest.mark.parametrize("same_id", [None, *SAME_IDS])
+def test_sigmoid_of_several_chunks(same_id: str | None) -> None:
     case = block(700, 1100, 12, torch.float32, diag_offset=-9)
+    if same_id:
+        factors = [1 / t.norm(dim=1) for t in (case.x, case.y)]
+        case = with_ids(Case(case.x, case.y, case.scale, case.bias, -9, *factors), 300, same_id)
     config = tuning.Config("sigmoid", "test", 0, 128, 256, 16, 4, 1)
     whole = launch.sigmoid(case.block, 1.0, True, torch.float32, config=config)
     parts = launch.sigmoid(case.block, 1.0, True, torch.float32, config=config, workspace=1)

@@ -16,16 +16,7 @@ from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidP
 from clipfast.kernels.chunks import Products, without_products
 from clipfast.kernels.distillation import distillation_kernel
 from clipfast.kernels.gradient import VECTORS, VECTORS_WITH_IDS, accumulate_kernel, gradient_kernel
-from clipfast.kernels.operands import (
-    VECTOR_BLOCK,
-    Operands,
-    blocks,
-    h_tile,
-    launches,
-    nearest_offset,
-    on,
-    pair,
-)
+from clipfast.kernels.operands import VECTOR_BLOCK, Operands, blocks, h_tile, launches, nearest_offset, on, pair
 from clipfast.kernels.ranks import NO_KEY, SIGN_BIT, matches_kernel
 from clipfast.kernels.sigmoid import sigmoid_kernel
 from clipfast.kernels.statistics import merge_kernel, statistics_kernel
@@ -256,17 +247,14 @@ def sigmoid(
         *(pair(block.x_factor, block.y_factor), _ids(block)),
         *(h_tile(h_buffer, config) if h_buffer is not None else None, h_buffer, loss_partial, sums, scratch),
     )
+    numbers = operands.d, nearest_offset(block)
     strides = *operands.strides, 0 if h_buffer is None else h_buffer.stride(0)
     options = operands.options(config)
     options |= {"USE_TMA": config.tma, "SAME": _same(block), "GRADIENTS": gradients, "ROW_WARPS": config.row_warps}
     launch = launches(sigmoid_kernel, programs, options)
 
     def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
-        launch(
-            *fixed,
-            *(rows.stop, cols.stop, operands.d, nearest_offset(block), rows.start, cols.start),
-            *strides,
-        )
+        launch(*fixed, rows.stop, cols.stop, *numbers, rows.start, cols.start, *strides)
         count = rows.stop - rows.start
         loss = loss_partial[: blocks(cols.stop - cols.start, config.block_n) * count].view(-1, count)
         row_loss[rows] += loss.sum(dim=0, dtype=row_loss.dtype)

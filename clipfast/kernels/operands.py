@@ -88,21 +88,12 @@ def h_tile(h: Tensor, config: Config) -> TensorDescriptor | None:  # [rows, cols
 
 def nearest_offset(block: Block) -> int:
     """The diagonal's offset as 32 bits hold it: beyond the block all are alike."""
-    return nearest(block.diag_offset, block.n, block.m)
-
-
-def nearest(offset: int, n: int, m: int) -> int:
-    return min(max(offset, -n), m)
+    return min(max(block.diag_offset, -block.n), block.m)
 
 
 def pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:  # [n], [m]
     """Two vectors as a kernel takes them; None if there are none."""
     return None if first is None or second is None else (first.contiguous(), second.contiguous())
-
-
-def part(of: tuple[Tensor, Tensor] | None, rows: slice, cols: slice) -> tuple[Tensor, Tensor] | None:
-    """Of the vectors of `pair`, those of a chunk."""
-    return None if of is None else (of[0][rows], of[1][cols])
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
