@@ -1,7 +1,7 @@
 """Time all candidates on all cases within a budget, each checked before its time counts; the result is a JSON file.
 
-Rounds are interleaved: each round times every candidate and the GEMM once, in rotating order, so that a slow spell of
-the machine hits all alike. P is a candidate's median time over the median of one product [n, d] x [d, n] in them, by
+Rounds are interleaved: each round times every candidate and torch's GEMM once, in rotating order, so that a slow spell
+of the machine hits all alike; NumPy's comes after them. P is a candidate's median time over the median of one product [n, d] x [d, n] in them, by
 the fastest of this machine's libraries. On a CPU the rounds measure the processor's multiply-add peak too: the share of
 it that a candidate has is what it multiplies, over its time. On a GPU it is the share of the product's rate.
 The file is written after every case and is whole at any moment; a later run of the same commit goes on from there, one
@@ -32,6 +32,7 @@ from clipfast import reference
 
 PRODUCTS = 4  # the least an exact loss without stored logits can do
 MOST_ROUNDS, FEWEST_ROUNDS = 30, 3
+SPINNING = 0.2  # seconds, longer than OpenBLAS's threads do it
 SECONDS_PER_CANDIDATE = {"cpu": 1.5, "cuda": 0.3}  # of timed rounds, where the fewest rounds take less
 PATIENCE = 90  # seconds for a candidate's first calls on a GPU, compilation included
 DENSE_TRUTH_ROWS = 4096
@@ -187,10 +188,13 @@ class Runner:
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
                 timed[name].append(once(losses[name], *next(sets), self.device))
-            for library, seconds in gemms.items():
-                seconds.append(gemm(*next(sets), self.device, library))
+            gemms["torch"].append(gemm(*next(sets), self.device))
             if self.device == "cpu" and peak.available():
                 peaks.append(peak.multiply_adds_per_second(str(case.torch_dtype).removeprefix("torch.")))
+        if "numpy" in gemms:
+            # Apart: OpenBLAS's threads wait by spinning, and whatever comes next would lose a processor to them.
+            gemms["numpy"] = [gemm(*next(sets), self.device, "numpy") for _ in range(rounds)]
+            time.sleep(SPINNING)
         library = min(gemms, key=lambda name: statistics.median(gemms[name]))
         multiplies = {candidate.name: candidate.products(case, self.device) for candidate in self.candidates}
         for name, times in timed.items():

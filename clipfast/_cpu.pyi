@@ -69,8 +69,16 @@ def distillation(
     /,
 ) -> float: ...
 def workspace_bytes(
-    isa: str, block: Block, *, ranks: bool = False, sigmoid: bool = False, distillation: bool = False, threads: int
+    isa: str,
+    block: Block,
+    *,
+    ranks: bool = False,
+    symmetric: bool = False,
+    sigmoid: bool = False,
+    distillation: bool = False,
+    threads: int,
 ) -> int: ...
+def symmetric(isa: str, block: Block, out: Gradients, threads: int, /) -> tuple[float, float, float]: ...
 def symmetric_cross_entropy(row_lse: int, col_lse: int, positive: int, n: int, /) -> float: ...
 def symmetric_gradients(
     isa: str, block: Block, statistics: Statistics, gradient: float, out: Gradients, threads: int, /

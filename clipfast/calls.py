@@ -16,7 +16,16 @@ from clipfast.norms import l2_normalize
 from clipfast.problem import IDS, RANKS, Problem, accumulation_dtype
 from clipfast.projected import Projection
 from clipfast.schemes import SCHEMES, GroupOptions
-from clipfast.softmax import BOTH, DIRECTIONS, IMAGE_TO_TEXT, MEAN, REDUCTIONS, TEXT_TO_IMAGE, Options
+from clipfast.softmax import (
+    BOTH,
+    DIRECTIONS,
+    IMAGE_TO_TEXT,
+    MEAN,
+    REDUCTIONS,
+    TEXT_TO_IMAGE,
+    Options,
+    forms_gradients,
+)
 
 GRAD_REDUCTIONS = ("mean", "sum")
 METRIC_KS = (1, 5, 10)
@@ -89,6 +98,8 @@ def contrastive_loss(
             outputs = operators.projected_contrastive_loss(
                 *inputs[:4], scale, bias, *inputs[4:], *numbers, x.dtype, *wanted, *options
             )
+        elif forms_gradients(options, ids=numbers[0] is not None):
+            return operators.symmetric_loss(x, y, scale, bias, *numbers, *options)[0]
         else:
             outputs = operators.contrastive_loss(x, y, scale, bias, *numbers, *options)
         loss, _, _, _, row_above, col_above, *_ = outputs

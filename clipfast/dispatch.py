@@ -17,7 +17,7 @@ BACKENDS: tuple[ModuleType, ...] = (triton, cpu, torch_backend)
 ENVIRONMENT_VARIABLE = "CLIPFAST_BACKEND"
 
 KEEP_VARIABLE = "CLIPFAST_KEEP_BYTES"
-KEEP_BYTES = 64 << 20  # of logits between the passes; beyond it the memory costs what the product would
+KEEP_BYTES = 80 << 20  # of logits: n = 4096 in float32 fits
 
 
 def names() -> tuple[str, ...]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from clipfast import arguments, dispatch
-from clipfast.block import POSITIVE, SAME_IDS
+from clipfast.block import IGNORE, POSITIVE, SAME_IDS
 from clipfast.memory import Memory
 from clipfast.predictions import PRODUCTS, Prediction, predict
-from clipfast.problem import DISTILLATION, DTYPES, IDS, RANKS, SIGMOID, Problem
+from clipfast.problem import DISTILLATION, DTYPES, IDS, RANKS, SIGMOID, SYMMETRIC, Problem
 from clipfast.schemes import AUTO, GATHER, SCHEMES
+from clipfast.softmax import BOTH, MEAN, Options, forms_gradients
 
 LOSSES = {"contrastive": frozenset(), "siglip": frozenset({SIGMOID}), "distillation": frozenset({DISTILLATION})}
 
@@ -41,6 +42,8 @@ class Explanation:
         p = self.problem
         wants = f", with {', '.join(sorted(p.needs))}" if p.needs else ""
         kept = "kept for the backward pass" if self.keeps_logits else "never stored"
+        if self.keeps_logits and not self.backward_products:
+            kept = "held while the gradients are formed with the loss"
         kept += f"; {self.keeps_because}" if self.keeps_because else ""
         lines = [
             f"x [{p.n}, {p.d}], y [{p.m}, {p.d}], {p.dtype}, on {p.device}{wants}",
@@ -130,8 +133,13 @@ def explain(
     if ranks and kept:
         fewer = ranks.backward_products - 1 / world_size
         ranks = ranks._replace(backward_products=fewer, saved_bytes=ranks.saved_bytes + kept)
+    options = Options(normalize, label_smoothing, BOTH, MEAN, same_id or IGNORE, return_metrics, chosen, kept > 0)
+    at_once = not ranks and forms_gradients(options, ids=bool(same_id))
+    computed = problem._replace(needs=needs | {SYMMETRIC}) if at_once else problem
+    if at_once:
+        workspace, kept = module.workspace_bytes(computed), 0
     memory = Memory(
-        problem,
+        computed,
         workspace=workspace,
         normalize=normalize,
         label_smoothing=bool(label_smoothing),
@@ -139,7 +147,7 @@ def explain(
         folds_norms=module.folds_norms(dtype),
         kept=kept,
     )
-    forward_products, backward_products = PRODUCTS[loss]
+    forward_products, backward_products = (3, 0) if at_once else PRODUCTS[loss]
     backward_products -= kept > 0
     return Explanation(
         problem=problem,
@@ -149,7 +157,7 @@ def explain(
         workspace_bytes=workspace + ranks.workspace_bytes if ranks else memory.workspace_bytes,
         gradient_bytes=(n + m) * d * dtype.itemsize,
         dense_logits_bytes=n * world_size * m * 4,
-        keeps_logits=kept > 0,
+        keeps_logits=at_once or kept > 0,
         keeps_because=keeps_because,
         forward_products=ranks.forward_products if ranks else forward_products,
         backward_products=ranks.backward_products if ranks else backward_products,

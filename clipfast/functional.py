@@ -47,8 +47,8 @@ def contrastive_loss(
         loss = (cross_entropy(logits, labels) + cross_entropy(logits.T[:n], labels)) / 2
 
     in value and in the gradients of all four inputs. Forward and backward together cost four n*m*d matrix products
-    and O((n + m) d) memory, three where the logits of a small batch fit a constant (`keep_bytes`) and stay between
-    the passes. Logits and sums are float32 (float64 for float64 features), also under autocast.
+    and O((n + m) d) memory, three where the logits of a small batch fit a constant (`keep_bytes`) and are held.
+    Logits and sums are float32 (float64 for float64 features), also under autocast.
 
     Args:
         image_features: [n, d], n >= 1, any strides; float32, bfloat16, float16 or float64. Row i belongs to text row i.
@@ -75,10 +75,12 @@ def contrastive_loss(
             ranks) or "auto", which gathers where all texts and their gradients take no more than 4 GiB.
         equal_shards: a promise that all ranks call with the same shapes, dtypes, options and wanted gradients. They do
             not compare them then, and do not wait for the device.
-        keep_bytes: so many bytes of logits may stay between the passes. Where all of this process's fit, in a group
-            those of its own images with all texts, the backward pass does not recompute them, with the same result to
-            the last bit, of `triton` to a rounding. None for the environment variable CLIPFAST_KEEP_BYTES, or 64 MiB,
-            of `triton` where products are exact float32 and else 0, which never keeps them.
+        keep_bytes: so many bytes of logits may be held. Where all of this process's fit, in a group those of its own
+            images with all texts, they are not computed again for the gradients, with the same result to the last bit,
+            of `triton` to a rounding. `cpu` forms the gradients of the mean of both directions with the loss then, if
+            any is wanted, and the backward pass only scales them. None for the environment variable
+            CLIPFAST_KEEP_BYTES, or 80 MiB, of `triton` where products are exact float32 and else 0, which never
+            holds them.
         deterministic: every backend repeats bitwise, so None, True and False give the same result.
         backend: "auto" or a name from `clipfast.backends()`; a name never falls back to another backend.
 

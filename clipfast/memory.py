@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipfast.problem import DISTILLATION, IDS, SIGMOID, Problem, accumulation_dtype, kept_dtype, statistics_dtype
+from clipfast.problem import (
+    DISTILLATION,
+    IDS,
+    SIGMOID,
+    SYMMETRIC,
+    Problem,
+    accumulation_dtype,
+    kept_dtype,
+    statistics_dtype,
+)
 
 SMALL_BYTES = 1 << 15  # scalars and allocations' least sizes
 
@@ -28,11 +37,12 @@ class Memory:
 
     @property
     def saved_bytes(self) -> int:
-        """What autograd keeps for the backward pass: features, or formed gradients, and vectors."""
+        """What autograd keeps for the backward pass: features, formed gradients or both, and vectors."""
         scalars = 2 * accumulation_dtype(self.problem.dtype).itemsize
         if self._formed:
             kept = kept_dtype(self.problem.dtype).itemsize // self.problem.dtype.itemsize
-            return kept * self.problem.input_bytes + scalars
+            features = self.problem.input_bytes if SYMMETRIC in self.problem.needs else 0
+            return features + kept * self.problem.input_bytes + 2 * scalars
         ids = 4 * (self.problem.n + self.problem.m) * (IDS in self.problem.needs)
         return self.problem.input_bytes + self.statistics_bytes + ids + scalars + self.kept
 
@@ -67,4 +77,4 @@ class Memory:
 
     @property
     def _formed(self) -> bool:
-        return bool({SIGMOID, DISTILLATION} & self.problem.needs)
+        return bool({SYMMETRIC, SIGMOID, DISTILLATION} & self.problem.needs)

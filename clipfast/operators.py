@@ -176,6 +176,46 @@ projected_contrastive_loss = differentiable(
 
 
 @flat
+def _symmetric_forward(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d], m >= n
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    image_ids: Tensor | None,  # [n], int32
+    text_ids: Tensor | None,  # [m], int32
+    options: softmax.Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # the loss, dx, dy, dscale, dbias
+    loss, formed, dbias = softmax.symmetric(x, y, scale, bias, image_ids, text_ids, options)
+    return loss, *formed, dbias if dbias.dtype == bias.dtype else dbias.to(bias.dtype)
+
+
+def _symmetric_backward(
+    gradient: Tensor,  # []
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d]
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    dx: Tensor,  # [n, d]
+    dy: Tensor,  # [m, d]
+    dscale: Tensor,  # []
+    dbias: Tensor,  # []
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _scaled_gradients(gradient, dx, dy, dscale, dbias, x.dtype)
+
+
+# Its gradients are formed with the loss. The inputs are saved as well: a graph through the gradients leads to them, and
+# autograd sees whether they were changed.
+symmetric_loss = differentiable(
+    "symmetric_loss",
+    _symmetric_forward,
+    _symmetric_backward,
+    lambda *inputs: _formed_shapes(inputs[:4], True),
+    _symmetric_backward,
+    save=lambda inputs, outputs: ((*inputs[:4], *outputs[1:]), ()),
+)
+
+
+@flat
 def _siglip_forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
@@ -218,7 +258,7 @@ def _formed_shapes(inputs: tuple[Tensor, ...], gradients: bool) -> tuple[Tensor,
     return inputs[2].new_empty(()), *kept
 
 
-def _siglip_backward(
+def _scaled_gradients(
     gradient: Tensor,  # []
     dx: Tensor,  # [n, d]
     dy: Tensor,  # [m, d]
@@ -247,9 +287,9 @@ def _save_gradients(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tup
 siglip_loss = differentiable(
     "siglip_loss",
     _siglip_forward,
-    _siglip_backward,
+    _scaled_gradients,
     lambda *inputs: _formed_shapes(inputs[:4], inputs[6]),
-    lambda gradient, *saved: _siglip_backward(gradient, *saved),
+    lambda gradient, *saved: _scaled_gradients(gradient, *saved),
     _save_gradients,
     formed=True,
 )

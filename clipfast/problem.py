@@ -12,7 +12,7 @@ MIN_NORM = 1e-12  # of a row that is normalized; the floor of torch.nn.functiona
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES, torch.float64)
 
-NEEDS = (IDS, RANKS, SIGMOID, DISTILLATION) = ("ids", "ranks", "sigmoid", "distillation")
+NEEDS = (IDS, RANKS, SYMMETRIC, SIGMOID, DISTILLATION) = ("ids", "ranks", "symmetric", "sigmoid", "distillation")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,7 +36,8 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 class Problem(NamedTuple):
     """One block of logits: x [n, d] against y [m, d], both of `dtype` on `device`, and what is wanted beyond softmaxes.
 
-    `needs` holds some of NEEDS: "ids", "ranks" (metrics), "sigmoid" (SigLIP), "distillation".
+    `needs` holds some of NEEDS: "ids", "ranks" (metrics), "symmetric" (the loss and its gradients in one pass),
+    "sigmoid" (SigLIP), "distillation".
     """
 
     n: int

@@ -18,7 +18,7 @@ from clipfast import cross_entropy, dispatch
 from clipfast.block import POSITIVE, Block, Gradients, Statistics, Weights
 from clipfast.logit_sums import Sums, add_constants, logit_sums, same_counts
 from clipfast.norms import Factors, gradients_through_norms, operands
-from clipfast.problem import accumulation_dtype
+from clipfast.problem import accumulation_dtype, kept_dtype
 
 BOTH, IMAGE_TO_TEXT, TEXT_TO_IMAGE = DIRECTIONS = ("both", "image_to_text", "text_to_image")
 MEAN, NONE = REDUCTIONS = ("mean", "none")
@@ -84,6 +84,28 @@ def forward(
             for side, of_side in zip(cross_entropy.sides(statistics), sums, strict=True)
         )
         return options.chosen(*losses).to(scale.dtype), statistics
+
+
+def forms_gradients(options: Options, ids: bool) -> bool:
+    """Whether a loss whose logits may be kept has its gradients formed with it, by `symmetric`, to wait for theirs."""
+    plain = options.plain and not options.metrics and not (ids and options.same_id == POSITIVE)
+    return options.keep and plain and hasattr(dispatch.get(options.backend), "symmetric")
+
+
+def symmetric(
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [m, d], m >= n
+    scale: Tensor,  # []
+    bias: Tensor,  # []
+    image_ids: Tensor | None,  # [n], int32
+    text_ids: Tensor | None,  # [m], int32
+    options: Options,
+) -> tuple[Tensor, Gradients, Tensor]:
+    """The mean loss of both directions [], its gradients, in the dtype that `kept_dtype` says, and dbias []."""
+    with without_autocast(x.device):
+        backend = dispatch.get(options.backend)
+        block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options)
+        return backend.symmetric(block, kept_dtype(x.dtype))  # type: ignore[no-any-return]
 
 
 def backward(

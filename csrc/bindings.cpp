@@ -165,31 +165,34 @@ void bind_passes(py::module_& module) {
     });
     module.def(
         "workspace_bytes",
-        [](const std::string& isa, const Block& block, bool ranks, bool sigmoid, bool distillation, int threads) {
-            return kernels_named(isa).workspace_bytes(block, {threads}, {ranks, sigmoid, distillation});
+        [](const std::string& isa, const Block& block, bool ranks, bool symmetric, bool sigmoid, bool distillation,
+           int threads) {
+            return kernels_named(isa).workspace_bytes(block, {threads}, {ranks, symmetric, sigmoid, distillation});
         },
-        "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "sigmoid"_a = false, "distillation"_a = false,
-        "threads"_a);
+        "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "symmetric"_a = false, "sigmoid"_a = false,
+        "distillation"_a = false, "threads"_a);
 }
 
 void bind_cross_entropy(py::module_& module) {
+    // The loss and its gradients at once: loss, dscale and dbias.
+    module.def("symmetric", [](const std::string& isa, const Block& block, const Gradients& out, int threads) {
+        const Kernels& kernels = kernels_named(isa);
+        const Scalars scalars =
+            run(block, threads, [&](const Execution& with) { return kernels.symmetric(block, with, out); });
+        return py::make_tuple(scalars.loss, scalars.dscale, scalars.dbias);
+    });
     module.def("symmetric_cross_entropy", [](Address row_lse, Address col_lse, Address positive, index_t n) {
-        return symmetric_cross_entropy(pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive),
-                                       n);
+        const Statistics statistics{pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive)};
+        return symmetric_cross_entropy(statistics, n);
     });
     // The gradients of the symmetric loss, times `gradient`, from the statistics that `forward` gave; dscale and dbias.
     module.def("symmetric_gradients", [](const std::string& isa, const Block& block, const Statistics& statistics,
                                          double gradient, const Gradients& out, int threads) {
         const Kernels& kernels = kernels_named(isa);
-        const index_t n = block.n(), m = block.m();
-        std::vector<double> all(2 * n + m);
-        double *const row_weight = all.data(), *const col_weight = row_weight + n, *const positive_weight = col_weight + m;
-        const double dbias = symmetric_cross_entropy_weights(statistics.row_lse, statistics.col_lse, statistics.positive,
-                                                             n, m, gradient, row_weight, col_weight, positive_weight);
-        const Weights weights{statistics.row_lse, row_weight, statistics.col_lse, col_weight,
-                              positive_weight,    nullptr,    nullptr,            statistics.kept};
+        SymmetricCrossEntropy loss(statistics, block.n(), block.m());
+        const double dbias = loss.differentiate(gradient).dbias;
         const double dscale = run(block, threads, [&](const Execution& with) {
-            return kernels.backward(block, with, weights, out).dscale;
+            return kernels.backward(block, with, loss.weights(), out).dscale;
         });
         return py::make_tuple(dscale, dbias);
     });

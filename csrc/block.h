@@ -79,12 +79,12 @@ struct Crosses {
 };
 
 struct Scalars {
-    double dscale = 0, dbias = 0;
+    double dscale = 0, dbias = 0, loss = 0;
 };
 
 // What a pass beyond plain softmax statistics and gradients is asked for.
 struct Needs {
-    bool ranks = false, sigmoid = false, distillation = false;
+    bool ranks = false, symmetric = false, sigmoid = false, distillation = false;
 };
 
 }  // namespace clipfast

@@ -2,15 +2,32 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "block.h"
 
 namespace clipfast {
 
 constexpr std::size_t kLine = 64;
+constexpr std::uintptr_t kHugePage = 2 << 20;
+
+// Asks for huge pages where whole ones lie in fresh memory: one fault instead of 512, and fewer misses of the table that
+// translates addresses.
+inline void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] index_t bytes) {
+#ifdef __linux__
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    const auto begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+    const auto end = (address + std::uintptr_t(bytes)) / kHugePage * kHugePage;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // What says how much memory was asked for in vain.
 struct OutOfMemory : std::bad_alloc {
@@ -67,6 +84,7 @@ class Buffer {
             std::free(spare);
             void* const fresh = std::aligned_alloc(kLine, kLine + size);
             if (!fresh) throw OutOfMemory(size);
+            ask_for_huge_pages(fresh, size);
             return new (fresh) Memory{size};
         }
         char* begin() { return reinterpret_cast<char*>(this) + kLine; }

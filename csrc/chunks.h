@@ -141,6 +141,7 @@ class Kept {
     static Kept begun(void* memory, index_t n, index_t m) {
         T* const all = static_cast<T*>(memory);
         if (all) {
+            ask_for_huge_pages(all, kept_size(n, m) * index_t{sizeof(T)});
             std::fill(all, all + kKeptHead, T(0));
             all[0] = T(kWidth);
             std::fill(all + kKeptHead + n * round_up(m, kWidth), all + kept_size(n, m), T(0));

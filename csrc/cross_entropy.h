@@ -1,44 +1,42 @@
-// From block statistics to the loss, and back to the weights of its gradient: clipfast/autograd.py says it in PyTorch,
-// and why in this form. A margin is the negatives' logsumexp less the positive logit.
+// From a block's statistics to the symmetric loss, and to the weights of its gradient: clipfast/cross_entropy.py says it
+// in PyTorch, and why in this form.
 #pragma once
 
-#include <cmath>
-#include <limits>
+#include <vector>
 
 #include "block.h"
+#include "parallel.h"
 
 namespace clipfast {
 
-inline double margin(double negatives, double positive) {
-    // A logit of +inf makes the dense formula NaN (inf - inf).
-    const bool infinite = negatives == std::numeric_limits<double>::infinity() ||
-                          positive == std::numeric_limits<double>::infinity();
-    return infinite ? std::numeric_limits<double>::quiet_NaN() : negatives - positive;
-}
+// The mean of both directions' cross-entropies.
+double symmetric_cross_entropy(const Statistics& of, index_t n);
 
-inline double softplus(double z) { return (z > 0 ? z : z == z ? 0 : z) + std::log1p(std::exp(-std::fabs(z))); }
-inline double sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
+// The same with the weights of its gradient.
+class SymmetricCrossEntropy {
+  public:
+    SymmetricCrossEntropy(const Statistics& of, index_t n, index_t m);
+    // Of statistics that are still to come, for which it has a place.
+    SymmetricCrossEntropy(index_t n, index_t m);
+    ~SymmetricCrossEntropy();
+    SymmetricCrossEntropy(const SymmetricCrossEntropy&) = delete;
 
-inline double symmetric_cross_entropy(const double* row_lse, const double* col_lse, const double* positive, index_t n) {
-    double sum = 0;
-    for (index_t i = 0; i < n; ++i)
-        sum += softplus(margin(row_lse[i], positive[i])) + softplus(margin(col_lse[i], positive[i]));
-    return sum / (2 * double(n));
-}
+    // What it holds, the statistics included.
+    static index_t bytes(index_t n, index_t m) { return 2 * (2 * n + m) * index_t{sizeof(double)}; }
 
-// The derivatives by row_lse [n], col_lse [m] and positive [n], times `gradient`; returns their sum, which is sum G.
-inline double symmetric_cross_entropy_weights(const double* row_lse, const double* col_lse, const double* positive,
-                                            index_t n, index_t m, double gradient, double* row_weight,
-                                            double* col_weight, double* positive_weight) {
-    double rows = 0, cols = 0, positives = 0;
-    for (index_t i = 0; i < n; ++i) {
-        row_weight[i] = gradient * sigmoid(margin(row_lse[i], positive[i])) / (2 * double(n));
-        col_weight[i] = gradient * sigmoid(margin(col_lse[i], positive[i])) / (2 * double(n));
-        positive_weight[i] = -(row_weight[i] + col_weight[i]);
-        rows += row_weight[i], cols += col_weight[i], positives += positive_weight[i];
-    }
-    std::fill(col_weight + n, col_weight + m, 0.0);
-    return rows + cols + positives;
-}
+    const Statistics& statistics() const { return of_; }
+    Weights weights() const;
+
+    // Sets the weights, times `gradient`; the loss is without it, dbias is sum G.
+    Scalars differentiate(double gradient, Team* team = nullptr);
+
+  private:
+    Scalars differentiate_part(double gradient, index_t part);
+
+    index_t n_;
+    std::vector<double> weights_, statistics_;
+    double *row_, *col_, *positive_;  // [n], [m], [n]; columns beyond the n matched ones have no weight
+    Statistics of_;
+};
 
 }  // namespace clipfast

@@ -45,6 +45,21 @@ struct Passes {
             block, execution, in, out);
     }
 
+    static Scalars symmetric(const Block& block, const Execution& execution, const Gradients& out) {
+        return Choice::with_kernel(
+            &Kernels::symmetric,
+            [&](auto&& kernel) {
+                SymmetricCrossEntropy loss(block.n(), block.m());
+                SoftmaxStatistics statistics(kernel.chunks(), {}, loss.statistics());
+                SoftmaxGradient gradient(kernel.chunks(), kernel.logits(), loss.weights());
+                Scalars sums;
+                const double dscale = kernel.scan_and_differentiate(
+                    statistics, [&](Team& team) { sums = loss.differentiate(1, &team); }, gradient, out);
+                return Scalars{dscale, sums.dbias, sums.loss};
+            },
+            block, execution, out);
+    }
+
     static Scalars sigmoid(const Block& block, const Execution& execution, double unit, double* row_loss,
                            const Gradients& out) {
         return Choice::with_kernel(
@@ -80,6 +95,9 @@ struct Passes {
                 auto distillation = distillation_of(kernel, {}, block, {}, {});
                 return std::max({kernel.scan_bytes(statistics), kernel.differentiate_bytes(gradient),
                                  needs.ranks ? kernel.scan_bytes(best) : 0,
+                                 needs.symmetric ? kernel.scan_and_differentiate_bytes(statistics, gradient) +
+                                                       SymmetricCrossEntropy::bytes(block.n(), block.m())
+                                                 : 0,
                                  needs.sigmoid ? kernel.differentiate_bytes(sigmoid) : 0,
                                  needs.distillation ? kernel.differentiate_bytes(distillation) : 0});
             },
@@ -152,9 +170,9 @@ struct Entry {
 
     static constexpr Kernels kernels(const char* name, bool (*available)()) {
         using P = Passes<Entry>;
-        return {name,          available,       P::forward,         P::matches,    P::backward,
-                P::sigmoid,    P::distillation, P::workspace_bytes, multiply_adds, exp2_all,
-                softplus_and_sigmoid_all};
+        return {name,         available,  P::forward,      P::matches,         P::backward,
+                P::symmetric, P::sigmoid, P::distillation, P::workspace_bytes, multiply_adds,
+                exp2_all,     softplus_and_sigmoid_all};
     }
 };
 

@@ -16,6 +16,7 @@
 
 #include "block.h"
 #include "buffer.h"
+#include "cross_entropy.h"
 #include "dtypes.h"
 #include "kernels.h"
 #include "parallel.h"

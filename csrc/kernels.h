@@ -16,6 +16,8 @@ struct Kernels {
     void (*matches)(const Block&, const Execution&, const Matches& out);
     // Gradients are formed where they have a place.
     Scalars (*backward)(const Block&, const Execution&, const Weights&, const Gradients& out);
+    // The symmetric loss and its gradients, from logits that stay in memory between the two.
+    Scalars (*symmetric)(const Block&, const Execution&, const Gradients& out);
     Scalars (*sigmoid)(const Block&, const Execution&, double unit, double* row_loss, const Gradients& out);
     Scalars (*distillation)(const Block&, const Execution&, const Weights&, const Block& teacher,
                             const Weights& teacher_weights, const Crosses& crosses, const Gradients& out);

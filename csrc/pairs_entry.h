@@ -47,9 +47,9 @@ struct PairEntry {
     static Kernels kernels(const char* name, bool (*available)()) {
         using P = Passes<PairEntry>;
         const Kernels others = avx512();
-        return {name,        available,  P::forward,      P::matches,
-                P::backward, P::sigmoid, P::distillation, workspace_bytes,
-                multiply_adds, others.exp2, others.softplus_and_sigmoid};
+        return {name,         available,  P::forward,      P::matches,      P::backward,
+                P::symmetric, P::sigmoid, P::distillation, workspace_bytes, multiply_adds,
+                others.exp2,  others.softplus_and_sigmoid};
     }
 };
 

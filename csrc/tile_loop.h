@@ -2,8 +2,9 @@
 // hand it to the objective while it is in the first-level cache, and where gradients are wanted take the products with
 // the G that the objective made of it. What is computed: clipfast/backends/__init__.py.
 //
-// A scan costs one product. Gradients cost three, two where a scan has kept the logits: G of a chunk is formed whole, all panels in memory, then G y is added
-// to dx and G^T x to dy. Every number is written by one task and added up in one order, whatever the threads do.
+// A scan costs one product. Gradients cost three, two where a scan has kept the logits: G of a chunk is formed whole,
+// all panels in memory, then G y is added to dx and G^T x to dy. Every number is written by one task and added up in one
+// order, whatever the threads do.
 //
 // An objective (softmax.h, sigmoid.h, ...) says which memory it needs (place), hears where the pass is (Objective), and
 // takes a group (take) or replaces its logits by G (to_gradient). Where the product rounds G, to_gradient returns
@@ -43,65 +44,31 @@ class Kernel {
     template <class Objective>
     void scan(Objective& objective, void* keep = nullptr) {
         const auto kept = Kept<Tiles>::begun(keep, chunks_.n, chunks_.m);
-        const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer, objective); });
-        team_.run([&] {
-            objective.begin(team_);
-            for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
-                const index_t rows = std::min(chunks_.rows, chunks_.n - first);
-                rows_.pack_left(team_, first, rows);
-                objective.begin_rows(team_, first, rows);
-                for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
-                    const index_t cols = std::min(chunks_.cols, chunks_.m - column);
-                    rows_.pack_right(team_, column, cols);
-                    objective.begin_cols(team_, column, cols);
-                    chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
-                        if (!objective.wants(group)) return;
-                        group.s = scratch(at);
-                        rows_.form(group, at);
-                        if (kept) kept.keep(group, at);
-                        objective.take(group, at);
-                    });
-                }
-                objective.end_rows(team_, first, rows);
-            }
-            objective.end(team_);
-        });
+        const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer), objective.place(buffer); });
+        team_.run([&] { scan_chunks(objective, kept); });
     }
 
     // The gradients of the objective, from the logits that a scan kept, if any; returns dscale.
     template <class Objective>
     double differentiate(Objective& objective, const Gradients& out, const void* keep = nullptr) {
         const auto kept = Kept<Tiles>::found(keep, chunks_.n);
-        const auto memory = Buffer::holding([&](Buffer& buffer) { place(buffer, objective), place_products(buffer); });
+        const auto memory = Buffer::holding([&](Buffer& buffer) { place_all(buffer, objective); });
+        double dscale = 0;
+        team_.run([&] { dscale = differentiate_chunks(objective, out, kept); });
+        return dscale;
+    }
+
+    // A scan for the first objective, between(team), and the gradients of the second from the logits that the scan kept;
+    // returns dscale.
+    template <class First, class Between, class Second>
+    double scan_and_differentiate(First& first, const Between& between, Second& second, const Gradients& out) {
+        T* logits = nullptr;
+        const auto memory = Buffer::holding([&](Buffer& buffer) { place_both(buffer, first, second, logits); });
         double dscale = 0;
         team_.run([&] {
-            objective.begin(team_);
-            // Where the gradients are wanted as they are added up, they need no place apart.
-            const bool apart = kApart && out.dtype == block_.dtype;
-            T* const dy = apart ? dy_apart_ : static_cast<T*>(out.dy);
-            clear(chunks_.m, dy);
-            for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
-                const index_t rows = std::min(chunks_.rows, chunks_.n - first);
-                T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
-                clear(rows, dx);
-                if (!kept) rows_.pack_left(team_, first, rows);
-                pack_rows(block_.x, first, rows, Tiles::kRowStep, row_capacity_, x_rows_);
-                objective.begin_rows(team_, first, rows);
-                for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
-                    const index_t cols = std::min(chunks_.cols, chunks_.m - column);
-                    if (!kept) rows_.pack_right(team_, column, cols);
-                    pack_rows(block_.y, column, cols, Tiles::kColStep, col_capacity_, y_rows_);
-                    objective.begin_cols(team_, column, cols);
-                    dscale += form_gradient(objective, kept, first, column);
-                    add_products(rows, cols, dx, dy + column * d_);
-                }
-                objective.end_rows(team_, first, rows);
-                if (apart) dscale += finish_dx(first, rows, dx, static_cast<Element*>(out.dx));
-                else dscale += finish_dx(first, rows, dx, static_cast<T*>(out.dx));
-            }
-            objective.end(team_);
-            if (apart) finish_dy(dy, static_cast<Element*>(out.dy));
-            else finish_dy(dy, static_cast<T*>(out.dy));
+            scan_chunks(first, Kept<Tiles>::begun(logits, chunks_.n, chunks_.m));
+            between(team_);
+            dscale = differentiate_chunks(second, out, Kept<Tiles>::found(logits, chunks_.n));
         });
         return dscale;
     }
@@ -117,19 +84,88 @@ class Kernel {
     // What the passes hold, apart from their outputs.
     template <class Objective>
     index_t scan_bytes(Objective& objective) {
-        return Buffer::bytes([&](Buffer& buffer) { place(buffer, objective); });
+        return Buffer::bytes([&](Buffer& buffer) { place(buffer), objective.place(buffer); });
     }
     template <class Objective>
     index_t differentiate_bytes(Objective& objective) {
-        return Buffer::bytes([&](Buffer& buffer) { place(buffer, objective), place_products(buffer); });
+        return Buffer::bytes([&](Buffer& buffer) { place_all(buffer, objective); });
+    }
+    template <class First, class Second>
+    index_t scan_and_differentiate_bytes(First& first, Second& second) {
+        T* logits = nullptr;
+        return Buffer::bytes([&](Buffer& buffer) { place_both(buffer, first, second, logits); });
     }
 
   private:
     template <class Objective>
-    void place(Buffer& buffer, Objective& objective) {
+    void scan_chunks(Objective& objective, const Kept<Tiles>& kept) {
+        objective.begin(team_);
+        for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
+            const index_t rows = std::min(chunks_.rows, chunks_.n - first);
+            rows_.pack_left(team_, first, rows);
+            objective.begin_rows(team_, first, rows);
+            for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
+                const index_t cols = std::min(chunks_.cols, chunks_.m - column);
+                rows_.pack_right(team_, column, cols);
+                objective.begin_cols(team_, column, cols);
+                chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
+                    if (!objective.wants(group)) return;
+                    group.s = scratch(at);
+                    rows_.form(group, at);
+                    if (kept) kept.keep(group, at);
+                    objective.take(group, at);
+                });
+            }
+            objective.end_rows(team_, first, rows);
+        }
+        objective.end(team_);
+    }
+
+    template <class Objective>
+    double differentiate_chunks(Objective& objective, const Gradients& out, const Kept<Tiles>& kept) {
+        double dscale = 0;
+        objective.begin(team_);
+        // Where the gradients are wanted as they are added up, they need no place apart.
+        const bool apart = kApart && out.dtype == block_.dtype;
+        T* const dy = apart ? dy_apart_ : static_cast<T*>(out.dy);
+        clear(chunks_.m, dy);
+        for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
+            const index_t rows = std::min(chunks_.rows, chunks_.n - first);
+            T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
+            clear(rows, dx);
+            if (!kept) rows_.pack_left(team_, first, rows);
+            pack_rows(block_.x, first, rows, Tiles::kRowStep, row_capacity_, x_rows_);
+            objective.begin_rows(team_, first, rows);
+            for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
+                const index_t cols = std::min(chunks_.cols, chunks_.m - column);
+                if (!kept) rows_.pack_right(team_, column, cols);
+                pack_rows(block_.y, column, cols, Tiles::kColStep, col_capacity_, y_rows_);
+                objective.begin_cols(team_, column, cols);
+                dscale += form_gradient(objective, kept, first, column);
+                add_products(rows, cols, dx, dy + column * d_);
+            }
+            objective.end_rows(team_, first, rows);
+            if (apart) dscale += finish_dx(first, rows, dx, static_cast<Element*>(out.dx));
+            else dscale += finish_dx(first, rows, dx, static_cast<T*>(out.dx));
+        }
+        objective.end(team_);
+        if (apart) finish_dy(dy, static_cast<Element*>(out.dy));
+        else finish_dy(dy, static_cast<T*>(out.dy));
+        return dscale;
+    }
+
+    void place(Buffer& buffer) {
         rows_.place(buffer, chunks_);
         scratch_ = buffer.take<T>(chunks_.threads * kGroup * kWidth);
-        objective.place(buffer);
+    }
+    template <class Objective>
+    void place_all(Buffer& buffer, Objective& objective) {
+        place(buffer), objective.place(buffer), place_products(buffer);
+    }
+    template <class First, class Second>
+    void place_both(Buffer& buffer, First& first, Second& second, T*& logits) {
+        place_all(buffer, second), first.place(buffer);
+        logits = buffer.take<T>(kept_size(chunks_.n, chunks_.m));
     }
     void place_products(Buffer& buffer) {
         const index_t width_d = round_up(d_, W);

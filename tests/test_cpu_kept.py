@@ -38,7 +38,7 @@ def test_another_instruction_set_takes_none_up(monkeypatch: pytest.MonkeyPatch) 
     gradients = []
     for second in AVAILABLE:
         monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, AVAILABLE[0])
-        loss = clipfast.contrastive_loss(x, y, 14.3, backend="cpu")
+        loss = clipfast.contrastive_loss(x, y, 14.3, direction="image_to_text", backend="cpu")
         monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, second)
         gradients.append(torch.autograd.grad(loss, (x, y)))
     for other in gradients[1:]:
@@ -49,7 +49,7 @@ def test_another_instruction_set_takes_none_up(monkeypatch: pytest.MonkeyPatch) 
 def kept_storage(x: Tensor, y: Tensor, **options: Any) -> int:
     """The largest of the tensors that autograd saves."""
     with SavedStorages() as saved:
-        clipfast.contrastive_loss(x, y, 14.3, backend="cpu", **options)
+        clipfast.contrastive_loss(x, y, 14.3, direction="image_to_text", backend="cpu", **options)
     return max(saved.sizes.values())
 
 
@@ -69,12 +69,43 @@ def test_no_more_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_explain_says_so() -> None:
-    kept, formed = clipfast.explain(1024, 512), clipfast.explain(1024, 512, keep_bytes=0)
+    options: dict[str, Any] = {"label_smoothing": 0.1}
+    kept, formed = (clipfast.explain(1024, 512, keep_bytes=count, **options) for count in (None, 0))
     assert (kept.backward_products, formed.backward_products) == (2, 3)
     assert kept.saved_bytes - formed.saved_bytes == bytes_kept(1024, 1024, torch.float32)
     assert "kept for the backward pass" in str(kept)
     assert "never stored" in str(formed)
+    assert clipfast.explain(4096, 512).keeps_logits
     assert clipfast.explain(8192, 512).backward_products == 3
+    at_once = clipfast.explain(1024, 512)
+    assert (at_once.forward_products, at_once.backward_products) == (3, 0)
+    assert "held while the gradients are formed with the loss" in str(at_once)
+    x, y = (t.requires_grad_() for t in features("random", 1024, 1024, 512))
+    with SavedStorages() as saved:
+        clipfast.contrastive_loss(x, y, 14.3, backend="cpu")
+    assert 0 <= at_once.saved_bytes - saved.total <= 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("upstream", [1.0, 0.25, 1 / 3, 65536.0, 0.0])
+def test_gradients_that_come_with_the_loss_are_scaled(dtype: torch.dtype, upstream: float) -> None:
+    """A power of two changes no bit, another number rounds once more; float16 keeps small ones until they are scaled."""
+    x, y = (t.requires_grad_() for t in features("trained", 70, 90, 33, dtype))
+    scale = torch.tensor(14.3, requires_grad=True)
+    got, expected = (
+        torch.autograd.grad(upstream * clipfast.contrastive_loss(x, y, scale, keep_bytes=count), (x, y, scale))
+        for count in (None, 0)
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 2 * torch.finfo(a.dtype).eps * b.norm() if upstream == 1 / 3 else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{"direction": "image_to_text"}, {"reduction": "none"}, {"label_smoothing": 0.1}])
+def test_only_the_plain_loss_has_its_gradients_formed_with_it(options: dict[str, Any]) -> None:
+    x, y = (t.requires_grad_() for t in features("trained", 70, 90, 33))
+    with SavedStorages() as saved:
+        clipfast.contrastive_loss(x, y, 14.3, backend="cpu", **options)
+    assert max(saved.sizes.values()) == bytes_kept(70, 90, torch.float32)
 
 
 def test_nothing_is_kept_without_gradients() -> None:

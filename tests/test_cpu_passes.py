@@ -114,6 +114,8 @@ for n, m, d, dtype, need in json.loads(sys.argv[1]):
         else:
             passes = [lambda: cpu.forward(block)]
         passes.append(lambda: cpu.backward(block, weights, dtype))
+        if need == "symmetric":
+            passes.append(lambda: cpu.symmetric(block, dtype))
         if need == "sigmoid":
             passes.append(lambda: cpu.sigmoid(block, 1.0, True, dtype))
         if need == "distillation":
@@ -131,7 +133,7 @@ def random_problems(count: int) -> list[tuple[int, int, int, str, str | None]]:
         n, m, d = (int(2 ** choice.uniform(0, most)) for most in (14, 20, 16))
         if n * m * d < 4e9 and 1e6 < (n + m) * d < 3e7:
             dtype = choice.choice(["float32", "float32", "float64", "bfloat16", "float16"])
-            problems.append((n, m, d, dtype, choice.choice([None, "ranks", "sigmoid", "distillation"])))
+            problems.append((n, m, d, dtype, choice.choice([None, "ranks", "symmetric", "sigmoid", "distillation"])))
     return problems
 
 

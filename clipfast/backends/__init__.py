@@ -64,7 +64,13 @@ Blocks merge: logaddexp over logsumexps, sum over positives, counts, losses and 
 crosses the mean weighted by exp(t_lse).
 
 A backend may hold `symmetric_cross_entropy` and `symmetric_gradients` in place of what is in
-clipfast/cross_entropy.py, where one call is to take the place of many small ones; and
+clipfast/cross_entropy.py, where one call is to take the place of many small ones; one that keeps logits
+
+    symmetric(block, dtype) -> the mean loss of both directions [], its Gradients and dbias [], in one pass that keeps
+                               them for itself; with the need "symmetric" `workspace_bytes` has them too
+
+and any
+
 
     project(features, weight, bias or None) -> rows features weight + bias [n, d] in the features' dtype, and what makes
                                                the length of each 1, [n] (clipfast/projected.py)

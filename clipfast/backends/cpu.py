@@ -25,7 +25,7 @@ from clipfast.block import (
     Weights,
     gradient_dtypes,
 )
-from clipfast.problem import DISTILLATION, RANKS, SIGMOID, Problem, accumulation_dtype
+from clipfast.problem import DISTILLATION, RANKS, SIGMOID, SYMMETRIC, Problem, accumulation_dtype
 
 
 def _why_missing(error: ImportError) -> str:
@@ -117,6 +117,7 @@ def workspace_bytes(problem: Problem) -> int:
         instruction_set(),
         block,
         ranks=RANKS in problem.needs,
+        symmetric=SYMMETRIC in problem.needs,
         sigmoid=SIGMOID in problem.needs,
         distillation=DISTILLATION in problem.needs,
         threads=torch.get_num_threads(),
@@ -189,6 +190,13 @@ def distillation(
         return DistillationPass(row_cross, col_cross, None)
     formed = Gradients(dx.to(dtype), dy.to(dtype), _scalar(dscale, block.scale.dtype))
     return DistillationPass(row_cross, col_cross, formed)
+
+
+def symmetric(block: Block, dtype: torch.dtype) -> tuple[Tensor, Gradients, Tensor]:
+    dx, dy, out = _gradients(block, dtype)
+    loss, dscale, dbias = _run(_cpu.symmetric, block, out)
+    loss, dscale, dbias = (_scalar(value, block.scale.dtype) for value in (loss, dscale, dbias))
+    return loss, Gradients(dx, dy, dscale), dbias
 
 
 def symmetric_cross_entropy(statistics: Statistics, dtype: torch.dtype) -> Tensor:  # []
