@@ -1,9 +1,10 @@
 """Time all candidates on all cases within a budget, each checked before its time counts; the result is a JSON file.
 
 Rounds are interleaved: each round times every candidate and torch's GEMM once, in rotating order, so that a slow spell
-of the machine hits all alike; NumPy's comes after them. P is a candidate's median time over the median of one product [n, d] x [d, n] in them, by
-the fastest of this machine's libraries. On a CPU the rounds measure the processor's multiply-add peak too: the share of
-it that a candidate has is what it multiplies, over its time. On a GPU it is the share of the product's rate.
+of the machine hits all alike; NumPy's GEMM comes after them. P is a candidate's median time over the median of one
+product [n, d] x [d, n], by the fastest of this machine's libraries. On a CPU the rounds measure the processor's
+multiply-add peak too: the share of it that a candidate has is what it multiplies, over its time. On a GPU it is the
+share of the product's rate.
 The file is written after every case and is whole at any moment; a later run of the same commit goes on from there, one
 of another commit, or of changes that no commit names, needs another file. A candidate that ends the process, or on a
 GPU hangs or leaves it unusable, is named in the file: a later run goes on without it.
@@ -181,8 +182,7 @@ class Runner:
         timed: dict[str, list[tuple[float, float]]] = {name: [] for name in losses}
         gemms: dict[str, list[float]] = {name: [] for name in products(case, self.device)}
         peaks: list[float] = []
-        for library in gemms:
-            gemm(*next(sets), self.device, library)
+        gemm(*next(sets), self.device)
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_PER_CANDIDATE[self.device] / max(slowest, 1e-6))))
         names = list(losses)
         for turn in range(rounds):

@@ -122,7 +122,7 @@ def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -
         number = -math.inf if str(value).startswith("-") else math.inf
     if abs(number) > torch.finfo(dtype).max:
         number = math.copysign(math.inf, number)
-    return torch.full((), number, dtype=dtype, device=device)
+    return torch.scalar_tensor(number, dtype=dtype, device=device)
 
 
 def ids(

@@ -72,7 +72,7 @@ class Buffer {
 #ifdef __SANITIZE_ADDRESS__
     static constexpr index_t kSpareBytes = 0;  // it sees the ends of what is allocated
 #else
-    static constexpr index_t kSpareBytes = 64 << 20;
+    static constexpr index_t kSpareBytes = 128 << 20;
 #endif
 
     struct Memory {

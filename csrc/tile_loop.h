@@ -127,6 +127,8 @@ class Kernel {
         objective.begin(team_);
         // Where the gradients are wanted as they are added up, they need no place apart.
         const bool apart = kApart && out.dtype == block_.dtype;
+        const index_t element = apart ? index_t{sizeof(Element)} : index_t{sizeof(T)};
+        ask_for_huge_pages(out.dx, chunks_.n * d_ * element), ask_for_huge_pages(out.dy, chunks_.m * d_ * element);
         T* const dy = apart ? dy_apart_ : static_cast<T*>(out.dy);
         clear(chunks_.m, dy);
         for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {

@@ -89,7 +89,7 @@ def test_explain_says_so() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("upstream", [1.0, 0.25, 1 / 3, 65536.0, 0.0])
 def test_gradients_that_come_with_the_loss_are_scaled(dtype: torch.dtype, upstream: float) -> None:
-    """A power of two changes no bit, another number rounds once more; float16 keeps small ones until they are scaled."""
+    """A power of two changes no bit, another number rounds once more; float16 keeps small ones until they are scaled"""
     x, y = (t.requires_grad_() for t in features("trained", 70, 90, 33, dtype))
     scale = torch.tensor(14.3, requires_grad=True)
     got, expected = (
