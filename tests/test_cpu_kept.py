@@ -12,8 +12,9 @@ from torch import Tensor
 
 import clipfast
 from benchmarks.environment import SavedStorages
-from clipfast import dispatch
+from clipfast import dispatch, operators
 from clipfast.backends import cpu
+from clipfast.softmax import Options
 
 if not cpu.instruction_sets():
     pytest.skip("; ".join(clipfast.backends()["cpu"]), allow_module_level=True)
@@ -98,6 +99,24 @@ def test_gradients_that_come_with_the_loss_are_scaled(dtype: torch.dtype, upstre
     )
     for a, b in zip(got, expected, strict=True):
         assert (a - b).norm() <= 2 * torch.finfo(a.dtype).eps * b.norm() if upstream == 1 / 3 else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    x, y = (t.requires_grad_() for t in features("trained", 5, 7, 4, dtype))
+    scale, bias = (torch.tensor(v, requires_grad=True) for v in (14.3, 0.5))
+    options = Options(True, 0.0, "both", "mean", "ignore", False, "cpu", True)
+    torch.library.opcheck(operators.symmetric_loss.operator, (x, y, scale, bias, None, None, *options))
+
+
+def test_compiles_as_one_graph() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(clipfast.contrastive_loss, fullgraph=True, dynamic=True)
+    for n in (50, 90):
+        x, y = (t.requires_grad_() for t in features("trained", n, n, 24))
+        losses = (loss(x, y, 14.3) for loss in (compiled, clipfast.contrastive_loss))
+        got, expected = (torch.autograd.grad(loss, (x, y)) for loss in losses)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("options", [{"direction": "image_to_text"}, {"reduction": "none"}, {"label_smoothing": 0.1}])
