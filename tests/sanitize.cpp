@@ -1,5 +1,10 @@
-// Runs every pass of every instruction set over awkward and random shapes in exactly sized memory, for the sanitizers
-// (make sanitize), and compares what they return with plain float64 sums (sanitize.h).
+// Runs every pass of every instruction set in exactly sized memory, for the sanitizers (make sanitize), and compares what
+// they return with plain float64 sums (sanitize.h).
+//
+// The address sanitizer and the one for undefined behavior must see every remainder of the divisions into tiles, panels,
+// blocks and chunks, in one thread and in three: awkward and random shapes. The thread sanitizer must see every loop of a
+// pass while three threads take its tasks, which one thread or a small shape does not show, and its instrumented code is
+// the slowest: a few shapes, each with another kind of loop. Emulated AMX costs most, by the 32 x 32 x 32 products.
 #include <cstdio>
 #include <optional>
 #include <string>
@@ -13,9 +18,18 @@ namespace {
 const std::vector<Shape> kAwkward = {
     {1, 1, 1, 0},     {1, 3, 2, 0},     {2, 1, 5, 0},       {7, 7, 3, 0},        {16, 16, 16, 0},
     {17, 33, 31, 0},  {63, 65, 48, -2}, {64, 64, 64, 0},    {65, 129, 100, 40},  {127, 128, 129, 0},
-    {5, 300, 8, 290}, {300, 5, 8, -7},  {257, 255, 513, 3}, {1000, 1001, 7, 0},  {50, 60, 17, 1000},
+    {5, 900, 8, 890}, {900, 5, 8, -7},  {257, 67, 513, 3},  {50, 60, 17, 1000},
     {7, 11, 384, 0},  {13, 13, 512, 0}, {11, 13, 640, 0},   {2, 2, 768, 0},      {31, 37, 1024, 0},
-    {5, 5, 1152, 0},  {37, 41, 1280, 0}, {521, 523, 33, 1}};
+    {5, 5, 1152, 0},  {37, 41, 1280, 0}, {389, 391, 33, 1}};
+
+// Where the passes have work for three threads (kFlopsPerThread).
+const std::vector<Shape> kParallel = {
+    {257, 65, 129, 3},                        // several blocks of rows, several panels of columns and of d
+    {67, 523, 45, 400, Ids::positive, true},  // several blocks of columns, more terms than a sum takes at a time
+    {521, 33, 97, -30, Ids::ignore},
+    {4100, 31, 12, 5}};                       // several chunks of rows
+// Several chunks of rows and of columns, in float64.
+const Shape kChunks = {4100, 519, 1, -5, Ids::positive, true};
 
 std::vector<Shape> random_shapes(int count) {
     std::mt19937 random(0);
@@ -123,6 +137,12 @@ struct Trial {
     }
 };
 
+#ifdef __SANITIZE_THREAD__
+constexpr bool kOnlyThreads = true;
+#else
+constexpr bool kOnlyThreads = false;
+#endif
+
 // Whether every instruction set that this processor has keeps every number within its bound, and the softmax's numbers
 // also within `flat`.
 template <class T>
@@ -136,6 +156,7 @@ bool passes(const Example<T>& example, const Answers<T>& exact, DType dtype, Pro
                             (name == "avx512_bf16" && product == Product::bfloat16);
         if (rounds && !rounded) rounded.emplace(example, Roundings::of(dtype, product));
         for (const int threads : {1, 3}) {
+            if (kOnlyThreads && threads == 1) continue;
             const Trial<T> trial{example, rounds ? *rounded : exact, kernels, example.block(dtype, product), {threads}};
             const Error errors[] = {trial.softmax(), trial.ranks(), trial.sigmoid(), trial.distillation()};
             for (int pass = 0; pass < 4; ++pass) {
@@ -189,9 +210,13 @@ bool passes_random(const Shape& shape, int which) {
 
 int main() {
     bool good = true;
-    for (const Shape& shape : kAwkward) good &= passes_awkward(shape);
-    int which = 0;
-    for (const Shape& shape : random_shapes(300)) good &= passes_random(shape, which++ / 6);
+    for (const Shape& shape : kParallel) good &= passes_awkward(shape);
+    good &= passes<double>(kChunks, DType::float64, {{Product::exact, 1e-12}});
+    if (!kOnlyThreads) {
+        for (const Shape& shape : kAwkward) good &= passes_awkward(shape);
+        int which = 0;
+        for (const Shape& shape : random_shapes(300)) good &= passes_random(shape, which++ / 6);
+    }
     for (const Kernels& kernels : instruction_sets())
         std::printf("%s: %s\n", kernels.name, !kernels.available() ? "not here" : good ? "passed" : "see above");
     return !good;

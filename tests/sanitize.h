@@ -309,6 +309,7 @@ struct Answers {
     Derivatives derivatives(const G& gradient) const {
         Derivatives out{Numbers(of.n * of.d), Numbers(of.m * of.d)};
         const double moved = roundings.of_gradients();
+        long double dscale = 0, dbias = 0;  // of n m terms one after the other, more roundings than a kernel's sums have
         for_pairs([&](index_t i, index_t j) {
             const Bounded g = gradient(i, j);
             const double bound = g.bound * (1 + moved) + std::fabs(g.value) * moved;
@@ -320,10 +321,11 @@ struct Answers {
             };
             add(&out.dx[i * of.d], of.y.row(j)), add(&out.dy[j * of.d], of.x.row(i));
             const double size = of.logits.size[i * of.m + j] + std::fabs(kBias);
-            out.scalars[0].value += g.value * (logit(i, j) - kBias) / kScale;
+            dscale += g.value * (logit(i, j) - kBias) / kScale, dbias += g.value;
             out.scalars[0].bound += (g.bound + std::fabs(g.value) * roundings.of_logits()) * size / kScale;
-            out.scalars[1].value += g.value, out.scalars[1].bound += g.bound;
+            out.scalars[1].bound += g.bound;
         });
+        out.scalars[0].value = double(dscale), out.scalars[1].value = double(dbias);
         return out;
     }
 };
