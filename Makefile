@@ -39,14 +39,16 @@ docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/make.py
 
 # The compiled kernels by themselves: every instruction set that this processor has, AMX emulated, over awkward shapes.
-sanitize: sanitize-address,undefined sanitize-thread
+# Two jobs at a time, so that one sanitizer's files compile while the other runs.
+sanitize:
+	$(MAKE) --jobs 2 sanitize-address,undefined sanitize-thread
 
-# Each file by itself, two at a time; -g1 has the lines that a report names, in two thirds of the time that -g takes.
+# Each file by itself; -g1 has the lines that a report names, in two thirds of the time that -g takes.
 SANITIZED = tests/sanitize.cpp $(filter-out csrc/bindings.cpp, $(wildcard csrc/*.cpp))
 SANITIZE_FLAGS = -std=c++17 -O1 -g1 -Wno-psabi -fno-sanitize-recover=all -fsanitize=$(SANITIZER) -DCLIPFAST_EMULATE_AMX -pthread
 
 sanitize-%:
-	$(MAKE) --jobs 2 SANITIZER=$* build/sanitize/$*/run
+	$(MAKE) SANITIZER=$* build/sanitize/$*/run
 	build/sanitize/$*/run
 
 build/sanitize/$(SANITIZER)/run: $(SANITIZED:%.cpp=build/sanitize/$(SANITIZER)/%.o)
