@@ -6,9 +6,11 @@
 // pass while three threads take its tasks, which one thread or a small shape does not show, and its instrumented code is
 // the slowest: a few shapes, each with another kind of loop. Emulated AMX costs most, by the 32 x 32 x 32 products.
 #include <cstdio>
+#include <cstring>
 #include <optional>
 #include <string>
 
+#include "../csrc/cross_entropy.h"
 #include "sanitize.h"
 
 using namespace clipfast;
@@ -86,6 +88,28 @@ struct Trial {
         return error;
     }
 
+    // Bit for bit what the passes give one by one.
+    Error symmetric() const {
+        Error error;
+        if (of.m < of.n) return error;
+        Doubles rows(of.n), cols(of.m), positive(of.n);
+        kernels.forward(block, execution, {}, {rows.data(), cols.data(), positive.data()});
+        SymmetricCrossEntropy loss({rows.data(), cols.data(), positive.data()}, of.n, of.m);
+        const Scalars alone = loss.differentiate(1);
+        std::vector<T> dx(of.n * of.d), dy(of.m * of.d), dx_together(dx.size()), dy_together(dy.size());
+        const double dscale =
+            kernels.backward(block, execution, loss.weights(), {dx.data(), dy.data(), block.dtype}).dscale;
+        const Scalars together =
+            kernels.symmetric(block, execution, {dx_together.data(), dy_together.data(), block.dtype});
+        const auto differ = [](const std::vector<T>& a, const std::vector<T>& b) {
+            return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) != 0;
+        };
+        if (differ(dx, dx_together) || differ(dy, dy_together) || together.dscale != dscale ||
+            together.loss != alone.loss || together.dbias != alone.dbias)
+            error.over_bound = INFINITY;
+        return error;
+    }
+
     Error ranks() const {
         Error error;
         Doubles rows(of.n), cols(of.m), positive(of.n), row_best(of.n), col_best(of.m);
@@ -158,11 +182,12 @@ bool passes(const Example<T>& example, const Answers<T>& exact, DType dtype, Pro
         for (const int threads : {1, 3}) {
             if (kOnlyThreads && threads == 1) continue;
             const Trial<T> trial{example, rounds ? *rounded : exact, kernels, example.block(dtype, product), {threads}};
-            const Error errors[] = {trial.softmax(), trial.ranks(), trial.sigmoid(), trial.distillation()};
-            for (int pass = 0; pass < 4; ++pass) {
+            const Error errors[] = {trial.softmax(), trial.symmetric(), trial.ranks(), trial.sigmoid(),
+                                    trial.distillation()};
+            for (int pass = 0; pass < 5; ++pass) {
                 const double most = pass ? INFINITY : flat;
                 if (errors[pass].over_bound <= 1 && errors[pass].largest < most) continue;
-                const char* const names[] = {"softmax", "ranks", "sigmoid", "distillation"};
+                const char* const names[] = {"softmax", "symmetric", "ranks", "sigmoid", "distillation"};
                 std::printf("%s, %s, %d threads: n=%ld m=%ld d=%ld offset=%ld ids=%d, dtype %d, product %d: "
                             "error %g, not below %g, or %g of its bound\n",
                             names[pass], kernels.name, threads, long(example.n), long(example.m), long(example.d),
