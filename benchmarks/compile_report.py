@@ -52,13 +52,13 @@ BARS = {
     ("gradient", ""): (9.5, 12.0),
     ("ranks", "ranks"): (18.0, 20.5),
     ("sigmoid", ""): (15.5, 19.0),
+    ("distillation", ""): (24.0, 31.0),
 }
 WIDTHS = (512, 101)  # d with aligned rows, and without, where pointers take the most registers
 ROWS = 512
 
 # What else a kernel's code depends on, or which other kernel runs with its configuration.
 PLAIN_KERNELS = ("statistics", "gradient", "accumulate")
-PRODUCTS = {"distillation": 2}  # of features, for a tile; 1 for others
 MODELLED = ("statistics", "gradient")  # by `cycles`, on sm_90 in halves
 OPTIONS = {
     "statistics": ("",),
@@ -204,7 +204,9 @@ def _counted(compiled: Compiled, cubin: bytes) -> Compiled:
     programs = machine_code.programs_per_processor(config.num_warps, compiled.registers, compiled.shared, limit)
     compiled = replace(compiled, programs=programs)
     try:
-        path = machine_code.common_path(machine_code.disassemble(cubin), case.logits, PRODUCTS.get(config.kernel, 1))
+        path = machine_code.common_path(
+            machine_code.disassemble(cubin), case.logits, cycles.PRODUCTS.get(config.kernel, 1)
+        )
     except LookupError:
         return compiled
     compiled = replace(compiled, slots=path.slots / case.logits, spills=path.spills)

@@ -49,6 +49,7 @@ LOAD = 650  # from a TMA instruction to its data in shared memory
 MULTIPLY, MULTIPLIED = 30, 24  # from the last warp's issue to the product; from its end to the registers
 BANDWIDTH = 64.0  # bytes that a multiprocessor has from L2 in a cycle
 
+PRODUCTS = {"distillation": 2}  # of features, for a tile; 1 for others
 TILES = 4  # of each program; the first does not count
 SHIFT = 900  # cycles from one program's start to the next one's
 
@@ -105,17 +106,20 @@ def step(i: Instruction, loaded: float = 0) -> Step:
 
 
 def trace(path: CommonPath, config: Config, d: int) -> list[Step]:
-    """One tile's instructions in their order. A step of the loop over d loads for a later one, the last steps none."""
+    """One tile's instructions in their order. A step of a loop over d loads for a later one, the last steps none."""
     depth = -(-d // config.block_d)
-    before, of_step = (sum(i.name in LOADS for i in code) for code in (path.before, path.step))
-    each = (config.block_m + config.block_n) * config.block_d * config.itemsize / max(1, of_step)
-    # One warp gives a TMA instruction for all.
-    loaded = {"UTMALDG": each, "LDGSTS": each / config.num_warps}
-    steps = [step(i, loaded.get(i.name, 0)) for i in path.before]
-    for k in range(depth):
-        loads = k + before // max(1, of_step) < depth
-        steps += [step(i, loaded.get(i.name, 0) * loads) for i in path.step]
-    return steps + [step(i) for i in path.after]
+    size = (config.block_m + config.block_n) * config.block_d * config.itemsize
+    steps: list[Step] = []
+    for before, code in zip(path.outside, path.steps, strict=False):
+        ahead, of_step = (sum(i.name in LOADS for i in c) for c in (before, code))
+        each = size / max(1, of_step)
+        # One warp gives a TMA instruction for all.
+        loaded = {"UTMALDG": each, "LDGSTS": each / config.num_warps}
+        steps += [step(i, loaded.get(i.name, 0)) for i in before]
+        for k in range(depth):
+            loads = k + ahead // max(1, of_step) < depth
+            steps += [step(i, loaded.get(i.name, 0) * loads) for i in code]
+    return steps + [step(i) for i in path.outside[-1]]
 
 
 @dataclass
@@ -269,8 +273,8 @@ class Timed:
     cycles: float  # of one program
 
     def share_of_peak(self, d: int) -> float:
-        products = self.programs * self.config.block_m * self.config.block_n * d
-        return products * self.config.itemsize / 2 / TENSOR_PEAK / self.cycles
+        products = PRODUCTS.get(self.config.kernel, 1) * self.config.block_m * self.config.block_n * d
+        return self.programs * products * self.config.itemsize / 2 / TENSOR_PEAK / self.cycles
 
 
 def timed(path: CommonPath, config: Config, d: int, fit: int, bandwidth: float = BANDWIDTH) -> Timed:

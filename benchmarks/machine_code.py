@@ -67,11 +67,14 @@ class Instruction:
         return self.name not in ENDS or bool(conditional)
 
 
+Code = tuple[Instruction, ...]
+
+
 @dataclass(frozen=True)
 class Block:
     """Instructions that run one after the other, and the addresses of the blocks that may follow."""
 
-    code: tuple[Instruction, ...]
+    code: Code
     successors: tuple[int, ...]
 
     @cached_property
@@ -90,18 +93,17 @@ Blocks = dict[int, Block]
 class CommonPath:
     """What a warp issues for a tile."""
 
-    before: tuple[Instruction, ...]  # the loop over d
-    step: tuple[Instruction, ...]  # of that loop, once
-    after: tuple[Instruction, ...]  # where there are two such loops, what is between them too
+    outside: tuple[Code, ...]  # before each loop over d, and after the last
+    steps: tuple[Code, ...]  # of each such loop, once
 
     @property
     def slots(self) -> int:
-        """Outside the loop over d."""
-        return len(self.before) + len(self.after)
+        """Outside the loops over d."""
+        return sum(map(len, self.outside))
 
     @property
     def spills(self) -> int:
-        return sum(i.name in LOCAL_MEMORY for i in (*self.before, *self.step, *self.after))
+        return sum(i.name in LOCAL_MEMORY for code in (*self.outside, *self.steps) for i in code)
 
 
 def tool(name: str) -> Path:
@@ -229,15 +231,17 @@ def common_path(text: str, logits: int, products: int = 1) -> CommonPath:
     if not walks:
         raise LookupError("no way round a loop over tiles has a product and an exponential of every logit")
     walk = min(walks, key=lambda walk: sum(len(blocks[b].code) for b in walk))
-    first = next(b for b in walk if b in over_d)
-    step = _shortest(blocks, loops, first, loops[first], {first}, 0, 1)
-    assert step is not None
-    at, outside = walk.index(first), [b for b in walk if not any(b in body for body in over_d.values())]
-
-    def code(path: Iterable[int]) -> tuple[Instruction, ...]:
-        return tuple(i for b in path for i in blocks[b].code)
-
-    return CommonPath(code(walk[:at]), code(step), code(b for b in outside if b not in walk[:at]))
+    outside: list[list[Instruction]] = [[]]
+    steps: list[Code] = []
+    for address in walk:
+        if address in over_d:
+            step = _shortest(blocks, loops, address, loops[address], {address}, 0, 1)
+            assert step is not None
+            steps.append(tuple(i for b in step for i in blocks[b].code))
+            outside.append([])
+        elif not any(address in body for body in over_d.values()):
+            outside[-1] += blocks[address].code
+    return CommonPath(tuple(map(tuple, outside)), tuple(steps))
 
 
 def _shortest(

@@ -16,7 +16,10 @@ BANDWIDTHS = (
     64.0,
     39.0,
 )  # bytes from L2 in a cycle: what a multiprocessor can take; 5120 of all together, as an A100's
-FAMILY = (("sigmoid", ""), ("sigmoid", "loss alone"), ("ranks", "ranks"))
+FAMILY = (
+    *(("sigmoid", ""), ("sigmoid", "loss alone"), ("ranks", "ranks")),
+    *(("distillation", ""), ("distillation", "loss alone")),
+)
 VENDORS = (0.65, 0.75, 0.85)  # of the tensor peak
 
 
@@ -43,7 +46,7 @@ def rows() -> Iterator[str]:
 
 
 def family_rows() -> Iterator[str]:
-    """Of the sigmoid loss's kernel and of the metrics': slots and shares of the peak, at each d and rate of L2."""
+    """Of the sigmoid loss, metrics and distillation: slots and shares of the peak, at each d and rate of L2."""
     for kernel, option in FAMILY:
         for factors in (False, True):
             case = Case(
@@ -64,7 +67,8 @@ def _path(case: Case) -> tuple[machine_code.CommonPath, int]:
     cubin, shared = compiled.asm["cubin"], int(compiled.metadata.shared)
     registers, _ = machine_code.resources(cubin)
     fit = machine_code.programs_per_processor(case.config.num_warps, registers, shared, DEVICE.shared_bytes)
-    return machine_code.common_path(machine_code.disassemble(cubin), case.logits), fit
+    products = cycles.PRODUCTS.get(case.config.kernel, 1)
+    return machine_code.common_path(machine_code.disassemble(cubin), case.logits, products), fit
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ class Config:
 
     @property
     def tile_scratch(self) -> int:
-        """float32 numbers per program for a tile of a wide range."""
-        return self.block_m * self.block_n
+        """float32 numbers per program for a tile of a wide range; distillation has the teacher's as well."""
+        return (2 if self.kernel == "distillation" else 1) * self.block_m * self.block_n
 
     @property
     def row_warps(self) -> int:
@@ -250,7 +250,8 @@ CONFIGS: tuple[Config, ...] = (
     Config("ranks", "sm_80", 2, 128, 64, 32, 8, 3),
     Config("kept", "sm_80", 2, 128, 64, 32, 8, 3),
     Config("sigmoid", "sm_80", 2, 128, 128, 32, 8, 3),
-    Config("distillation", "sm_80", 2, 128, 64, 32, 8, 2),
+    Config("distillation", "sm_80", 2, 128, 64, 32, 8, 2, aligned=True),
+    Config("distillation", "sm_80", 2, 64, 64, 32, 8, 3),
     Config("projection", "sm_80", 2, 128, 128, 32, 8, 3),
     Config("statistics", "sm_80", 4, 32, 64, 32, 8, 3),
     Config("gradient", "sm_80", 4, 128, 64, 32, 8, 3),
@@ -258,7 +259,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("ranks", "sm_80", 4, 128, 32, 32, 8, 3),
     Config("kept", "sm_80", 4, 32, 64, 32, 8, 3),
     Config("sigmoid", "sm_80", 4, 128, 64, 32, 8, 3),
-    Config("distillation", "sm_80", 4, 64, 64, 32, 8, 2),
+    Config("distillation", "sm_80", 4, 64, 32, 32, 8, 2),
     Config("projection", "sm_80", 4, 64, 64, 32, 8, 3),
     Config("statistics", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
     Config("statistics", "sm_90", 2, 128, 128, 64, 8, 3, tma=True),
@@ -268,12 +269,14 @@ CONFIGS: tuple[Config, ...] = (
     Config("accumulate", "sm_90", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("ranks", "sm_90", 2, 128, 64, 64, 4, 3, tma=True, per_processor=2),
     Config("ranks", "sm_90", 2, 128, 64, 64, 8, 3),
-    Config("kept", "sm_90", 2, 64, 64, 64, 4, 3, tma=True),
+    Config("kept", "sm_90", 2, 64, 64, 64, 8, 2, tma=True),
     Config("kept", "sm_90", 2, 64, 64, 64, 8, 3),
     Config("sigmoid", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
     Config("sigmoid", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
     Config("sigmoid", "sm_90", 2, 128, 64, 64, 8, 3),
-    Config("distillation", "sm_90", 2, 64, 64, 32, 8, 2),
+    Config("distillation", "sm_90", 2, 128, 128, 64, 8, 3, tma=True, min_triton=(3, 9)),
+    Config("distillation", "sm_90", 2, 128, 64, 64, 8, 3, tma=True),
+    Config("distillation", "sm_90", 2, 128, 32, 64, 8, 3),
     Config("projection", "sm_90", 2, 64, 128, 64, 8, 3),
     Config("statistics", "sm_90", 4, 64, 64, 32, 8, 2),
     Config("gradient", "sm_90", 4, 128, 64, 16, 8, 3),
@@ -281,7 +284,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("ranks", "sm_90", 4, 64, 32, 32, 8, 3),
     Config("kept", "sm_90", 4, 64, 64, 32, 8, 2),
     Config("sigmoid", "sm_90", 4, 128, 64, 32, 8, 3),
-    Config("distillation", "sm_90", 4, 64, 64, 32, 8, 2),
+    Config("distillation", "sm_90", 4, 64, 32, 32, 8, 2),
     Config("projection", "sm_90", 4, 64, 64, 32, 8, 3),
     Config("statistics", "sm_100", 2, 128, 64, 64, 8, 4, tma=True),
     Config("statistics", "sm_100", 2, 128, 64, 32, 8, 3),
@@ -295,7 +298,8 @@ CONFIGS: tuple[Config, ...] = (
     Config("sigmoid", "sm_100", 2, 128, 64, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
     Config("sigmoid", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
     Config("sigmoid", "sm_100", 2, 128, 64, 32, 4, 3, per_processor=2),
-    Config("distillation", "sm_100", 2, 64, 64, 32, 8, 2),
+    Config("distillation", "sm_100", 2, 64, 64, 32, 8, 2, aligned=True),
+    Config("distillation", "sm_100", 2, 64, 32, 32, 8, 2),
     Config("projection", "sm_100", 2, 128, 128, 64, 8, 3),
     Config("statistics", "sm_100", 4, 64, 64, 16, 8, 3),
     Config("gradient", "sm_100", 4, 64, 64, 32, 8, 3),
@@ -303,7 +307,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("ranks", "sm_100", 4, 64, 32, 32, 8, 3),
     Config("kept", "sm_100", 4, 64, 32, 32, 8, 3),
     Config("sigmoid", "sm_100", 4, 128, 64, 32, 8, 3),
-    Config("distillation", "sm_100", 4, 64, 64, 32, 8, 2),
+    Config("distillation", "sm_100", 4, 64, 32, 32, 8, 2),
     Config("projection", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("statistics", "gfx942", 2, 128, 64, 32, 8, 2),
     Config("gradient", "gfx942", 2, 128, 128, 32, 8, 2),

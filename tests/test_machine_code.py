@@ -71,10 +71,11 @@ KERNEL = listing(
 
 def test_the_common_path_has_an_exponential_of_every_logit_outside_loops() -> None:
     path = machine_code.common_path(KERNEL, logits=2)
-    assert [i.name for i in path.before] == ["FADD", "BRA"]
-    assert [i.name for i in path.step] == ["SYNCS", "BRA", "HGMMA", "BRA"]
+    (before, after), (step,) = path.outside, path.steps
+    assert [i.name for i in before] == ["FADD", "BRA"]
+    assert [i.name for i in step] == ["SYNCS", "BRA", "HGMMA", "BRA"]
     # Not the loop over strips, which is shorter, not the store that may be left out, nor what diverging warps do.
-    assert [i.name for i in path.after] == ["BRA", "BRA", "MUFU", "MUFU", "BRA", "STG", "BRA"]
+    assert [i.name for i in after] == ["BRA", "BRA", "MUFU", "MUFU", "BRA", "STG", "BRA"]
     assert (path.slots, path.spills) == (9, 0)
     with pytest.raises(LookupError, match="no way round a loop over tiles"):
         machine_code.common_path(KERNEL, logits=3)
@@ -100,7 +101,33 @@ def test_a_loop_beside_the_common_path_is_not_on_it() -> None:
         "@P4 BRA `(.L_strips)",
         "BRA `(.L_join)",
     )
-    assert [i.name for i in machine_code.common_path(text, logits=1).after] == ["BRA", *["FADD"] * 4, "MUFU", "BRA"]
+    assert [i.name for i in machine_code.common_path(text, logits=1).outside[1]] == [
+        "BRA",
+        *["FADD"] * 4,
+        "MUFU",
+        "BRA",
+    ]
+
+
+def test_two_products_of_a_tile_have_a_loop_each() -> None:
+    text = listing(
+        ".L_tiles:",
+        "FADD R0, R0, R0",
+        ".L_first:",
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
+        "@P0 BRA `(.L_first)",
+        "FMUL R0, R0, R0",
+        ".L_second:",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2",
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
+        "@P1 BRA `(.L_second)",
+        "MUFU.EX2 R3, R4",
+        "@P5 BRA `(.L_tiles)",
+        "EXIT",
+    )
+    path = machine_code.common_path(text, logits=1, products=2)
+    assert [[i.name for i in code] for code in path.outside] == [["FADD"], ["FMUL"], ["MUFU", "BRA"]]
+    assert [[i.name for i in code] for code in path.steps] == [["HGMMA", "BRA"], ["SYNCS", "HGMMA", "BRA"]]
 
 
 def test_a_spill_on_the_common_path_is_seen() -> None:
@@ -122,7 +149,7 @@ def code(*opcodes: str) -> tuple[Instruction, ...]:
 
 
 def interval(before: Sequence[str], step: Sequence[str], after: Sequence[str], **options: float) -> float:
-    path = CommonPath(code(*before), code(*step), code(*after))
+    path = CommonPath((code(*before), code(*after)), (code(*step),))
     return cycles.timed(path, CONFIG, 512, fit=1, **options).cycles
 
 
@@ -134,7 +161,7 @@ def test_the_model_issues_one_instruction_a_cycle() -> None:
 def test_the_model_lets_products_overlap_with_nothing_but_other_programs() -> None:
     step = ["HGMMA.64x128x16.F32.BF16"] * 8  # 128 rows by 64, in steps of 16: a step of 64
     after = ["WARPGROUP.DEPBAR.LE", *["FADD"] * 2048]
-    path = CommonPath((), code(*step), code(*after))
+    path = CommonPath(((), code(*after)), (code(*step),))
     one = cycles.timed(path, CONFIG, 512, fit=1)
     product = 128 * 128 * 512 / cycles.TENSOR_PEAK
     assert product + 2048 < one.cycles < product + 2048 + 150
@@ -144,6 +171,16 @@ def test_the_model_lets_products_overlap_with_nothing_but_other_programs() -> No
     assert two.programs == 2
     assert two.share_of_peak(512) > 0.9
     assert cycles.timed(path, twice, 512, fit=1) == replace(one, config=twice)
+
+
+def test_the_model_takes_both_products_of_a_tile_one_after_the_other() -> None:
+    step = code(*["HGMMA.64x128x16.F32.BF16"] * 8)
+    wait = code("WARPGROUP.DEPBAR.LE")
+    config = replace(CONFIG, kernel="distillation")
+    both = cycles.timed(CommonPath(((), wait, wait), (step, step)), config, 512, fit=1)
+    product = 128 * 128 * 512 / cycles.TENSOR_PEAK
+    assert both.cycles == pytest.approx(2 * product, rel=0.05)
+    assert both.share_of_peak(512) == pytest.approx(2 * product / both.cycles)
 
 
 def test_the_model_waits_for_loads() -> None:

@@ -75,6 +75,8 @@ def test_the_first_configurations_keep_their_bars() -> None:
         ("ranks", True, 20.5),
         ("sigmoid", False, 15.5),
         ("sigmoid", True, 19.0),
+        ("distillation", False, 24.0),
+        ("distillation", True, 31.0),
     ]
 
 

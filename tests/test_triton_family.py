@@ -14,7 +14,7 @@ from triton_case import BACKWARD, DEVICE, DISTILLATION, DTYPES, RANKS, SIGMOID, 
 
 from clipfast import dispatch, tuning
 from clipfast.block import IGNORE, POSITIVE, SAME_IDS, DistillationPass, SigmoidPass, Weights
-from clipfast.kernels import launch
+from clipfast.kernels import distillation, launch
 from clipfast.problem import NEEDS, Problem
 
 
@@ -118,9 +118,11 @@ def test_sigmoid_of_several_chunks(same_id: str | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scales", [(14.3, 20.0), (-14.3, 5.0), (14.3, -20.0)])
+@pytest.mark.parametrize(
+    "scales", [(14.3, 20.0), (-14.3, 5.0), (14.3, -20.0), (0.0, 20.0), (14.3, 0.0), (400.0, 700.0)]
+)
 def test_distillation_in_small_tiles(scales: tuple[float, float], dtype: torch.dtype) -> None:
-    """Of a teacher with another d and, where the student has it, another dtype and factors; of several chunks."""
+    """Of a teacher with another d and, where the student has it, another dtype and factors; narrow tiles and others."""
     student, teacher = (
         block(75, 90, d, t, s, 500) for d, t, s in zip((20, 33), (dtype, torch.float32), scales, strict=True)
     )
@@ -140,10 +142,10 @@ def test_distillation_in_small_tiles(scales: tuple[float, float], dtype: torch.d
         terms.append((by_row, by_col))
     by_row, by_col = terms[1]
     rounding = student.rounding + teacher.rounding
+    # With itemsize 4 as where threads do not hold parts of rows.
+    config = replace(DISTILLATION, itemsize=dtype.itemsize)
     for wanted in (True, False):
-        got = launch.distillation(
-            student.block, both[0], teacher.block, both[1], wanted, torch.float32, config=DISTILLATION
-        )
+        got = launch.distillation(student.block, both[0], teacher.block, both[1], wanted, torch.float32, config=config)
         for cross, p, dim in ((got.row_cross, by_row, 1), (got.col_cross, by_col, 0)):
             exact, size = (p * student.logits).sum(dim), (p * student.logits.abs()).sum(dim)
             assert ((cross - exact).abs() <= rounding * (size + 1)).all()
@@ -152,6 +154,48 @@ def test_distillation_in_small_tiles(scales: tuple[float, float], dtype: torch.d
             student.check_gradients(
                 got.gradients, parts[0] - parts[1], (parts[0] + parts[1]) * (rounding / student.rounding)
             )
+
+
+def unlike_models(n: int, m: int) -> tuple[Case, Case]:
+    """A student of d = 12 and its teacher of d = 7, without positives."""
+    student, teacher = (block(n, m, d, torch.float32, diag_offset=5000, kind="random") for d in (12, 7))
+    return student, teacher
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a compiled kernel calls nothing that could be replaced")
+def test_distillation_of_usual_features_takes_the_common_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = unlike_models(64, 96)
+    both = [Weights(c.row_lse, c.row_weight, c.col_lse, c.col_weight, c.positive) for c in (student, teacher)]
+    monkeypatch.setattr(distillation, "general_tile", None)
+    launch.distillation(student.block, both[0], teacher.block, both[1], True, torch.float32, config=DISTILLATION)
+
+
+@pytest.mark.parametrize("of_teacher", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_distillation_hides_nothing(value: float, of_teacher: bool) -> None:
+    """What is not finite in one row is so in the results where the dense formula has it."""
+    cases = unlike_models(64, 96)
+    cases[of_teacher].x[37, 3] = value
+    logits = [case.scale.double() * case.x.double() @ case.y.double().T + case.bias.double() for case in cases]
+    lses = [(z.logsumexp(1, keepdim=True), z.logsumexp(0)) for z in logits]
+    weights = [
+        Weights(row_lse[:, 0], case.row_weight, col_lse, case.col_weight, case.positive)
+        for case, (row_lse, col_lse) in zip(cases, lses, strict=True)
+    ]
+    student, teacher = (
+        case.row_weight[:, None] * (z - row_lse).exp() + case.col_weight * (z - col_lse).exp()
+        for case, z, (row_lse, col_lse) in zip(cases, logits, lses, strict=True)
+    )
+    g = student - teacher
+    row_cross, col_cross = (((logits[1] - lses[1][k]).exp() * logits[0]).sum(1 - k) for k in (0, 1))
+    x, y = cases[0].x.double(), cases[0].y.double()
+    got = launch.distillation(
+        cases[0].block, weights[0], cases[1].block, weights[1], True, torch.float32, config=DISTILLATION
+    )
+    expected = row_cross, col_cross, g @ y, g.T @ x, (g * (x @ y.T)).sum()
+    for actual, exact in zip((*got[:2], *got.gradients), expected, strict=True):
+        assert torch.equal(actual.isnan(), exact.isnan())
+        assert torch.equal(actual.isinf(), exact.isinf())
 
 
 def test_distillation_of_several_chunks() -> None:

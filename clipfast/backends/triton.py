@@ -47,11 +47,11 @@ def workspace_bytes(problem: Problem) -> int:
     operand_bytes = _operand_bytes(problem)
     passes = [_statistics_bytes(problem, kernel) for kernel in ("statistics", "ranks", "kept")]
     vectors = 4 * (6 if IDS in problem.needs else 4) * (problem.n + problem.m)
-    passes.append(vectors + _share_bytes(problem) + _chunk_bytes(problem, "gradient"))
+    passes.append(vectors + _share_bytes(problem, "gradient") + _chunk_bytes(problem, "gradient"))
     if SIGMOID in problem.needs:
         passes.append(_chunk_bytes(problem, "sigmoid"))
     if DISTILLATION in problem.needs:
-        passes.append(2 * vectors + _chunk_bytes(problem, "distillation"))
+        passes.append(2 * (vectors + _share_bytes(problem, "distillation")) + _chunk_bytes(problem, "distillation"))
     rounded = operand_bytes < problem.dtype.itemsize
     return max(passes) + (operand_bytes * (problem.n + problem.m) * problem.d if rounded else 0)
 
@@ -69,10 +69,10 @@ def _statistics_bytes(problem: Problem, kernel: str) -> int:
     return 4 * (4 * programs_n * n + 4 * programs_m * m + n + programs_m * programs_n * config.tile_scratch)
 
 
-def _share_bytes(problem: Problem) -> int:
+def _share_bytes(problem: Problem, kernel: str) -> int:
     """Both sides' shares, and their blocks' shifts."""
     n, m = problem.n, problem.m
-    config = tuning.choose("gradient", tuning.describe(problem.device), _operand_bytes(problem), problem.d).config
+    config = tuning.choose(kernel, tuning.describe(problem.device), _operand_bytes(problem), problem.d).config
     return 4 * (n + m) + 8 * (-(-n // config.block_m) + -(-m // config.block_n)) + 4
 
 
@@ -85,7 +85,9 @@ def _chunk_bytes(problem: Problem, kernel: str) -> int:
     totals = 4 * (rows + m) * problem.d if problem.dtype != torch.float32 else 0
     partial = (4 * -(-cols // config.block_n) + 16) * rows if kernel in ("sigmoid", "distillation") else 0
     if kernel == "distillation":
-        partial += (4 * -(-rows // config.block_m) + 16) * cols
+        programs_m, programs_n = tuning.program_grid(rows, cols, config, device.processors)
+        programs = programs_m * programs_n
+        partial += (4 * programs_m + 16) * cols
     return rows * tuning.padded(cols) * itemsize + totals + programs * (16 + 4 * config.tile_scratch) + partial
 
 

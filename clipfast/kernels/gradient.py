@@ -24,6 +24,7 @@ from clipfast.kernels.tiles import (
     STRIP,
     are_distinct,
     diagonal_distance,
+    halves,
     inner_product,
     is_plain,
     is_positive,
@@ -246,7 +247,7 @@ def gradient_kernel(
             sums += thread_sums(g * z, BLOCK_M, BLOCK_N, ROW_WARPS).to(tl.float64)
             if USE_TMA:
                 # In halves, which take half the shared memory.
-                left, right = tl.split(tl.permute(tl.reshape(g, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+                left, right = halves(g, BLOCK_M, BLOCK_N)
                 h.store([row - row_begin, col - col_begin], left.to(h.dtype))
                 h.store([row - row_begin, col - col_begin + BLOCK_N // 2], right.to(h.dtype))
             else:

@@ -25,6 +25,7 @@ from clipfast.kernels.vectors import AMPLIFIER, prepare_kernel, share_kernel, un
 from clipfast.tuning import Config
 
 UNIT_BLOCK = 1024
+Shares = tuple[Tensor, Tensor, Tensor, Tensor]  # of rows [n], their blocks' [blocks, 2], of columns [m], their blocks'
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
@@ -178,22 +179,10 @@ class Pass:
         self.products.finish_cols(total, dy)
         return dx, dy, dscale.sum()
 
-    def _shares(self, config: Config, swapped: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What tiles of the config take for both sides, of the columns first if `swapped`; see share_kernel."""
-        n, m, new, weights = self.block.n, self.block.m, self.block.scale.new_empty, self.weights
-        sides = [(weights.row_lse, weights.row_weight, n), (weights.col_lse, weights.col_weight, m)]
-        (lse, weight, length), (other_lse, other_weight, other_length) = sides[::-1] if swapped else sides
-        counts = blocks(length, config.block_m), blocks(other_length, config.block_n)
-        shares = new(length), new((counts[0], 2)), new(other_length), new((counts[1], 2))
-        share_kernel[(sum(counts),)](
-            *((lse.contiguous(), other_lse.contiguous()), (weight.contiguous(), other_weight.contiguous())),
-            *(shares, self.block.scale, self.block.bias, self.products.unit, length, other_length),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            HAS_FACTORS=self.block.x_factor is not None,
-            HAS_UNIT=self.products.unit is not None,
-        )
-        return shares
+    def _shares(self, config: Config, swapped: bool = False) -> Shares:
+        """In units of 1 / scale2 with factors; of the columns first if `swapped`."""
+        block, with_factors = self.block, self.block.x_factor is not None
+        return _shares(block, self.weights, self.products.unit, config, swapped, with_factors)
 
     def _accumulate(
         self,
@@ -201,7 +190,7 @@ class Pass:
         operands: Operands,
         rows: Tensor,  # [n, 4 or 6]
         cols: Tensor,  # [m, 4 or 6]
-        shares: tuple[Tensor, Tensor, Tensor, Tensor],
+        shares: Shares,
         diag_offset: int,
         out: Tensor,  # [n, d], only for its dtype if that is not float32
         dscale: Tensor | None,  # [blocks of rows]
@@ -287,40 +276,45 @@ def distillation(
     """The contract's distillation, by chunks."""
     n, m, new = block.n, block.m, block.scale.new_empty
     operands, of_teacher = (Operands.of(b.x, b.y, precision) for b in (block, teacher))
-    wider = max(operands, of_teacher, key=lambda both: both.x.dtype.itemsize)
-    config = config or wider.choose("distillation")
+    config = config or operands.choose("distillation", of_teacher)
     shape = tuning.chunk_shape(n, m, operands.x.dtype.itemsize, workspace)
-    programs = tuning.persistent_programs(*shape, config, tuning.describe(block.x.device).processors)
-    row_partial = new(blocks(shape[1], config.block_n) * shape[0])
-    col_partial = new(blocks(shape[0], config.block_m) * shape[1])
+    programs_m, programs_n = tuning.program_grid(*shape, config, tuning.describe(block.x.device).processors)
+    programs = programs_m * programs_n
+    row_partial, col_partial = new(blocks(shape[1], config.block_n) * shape[0]), new(programs_m * shape[1])
+    scratch = new((programs, config.tile_scratch))
     row_cross, col_cross, dscale = (block.x.new_zeros(k, dtype=torch.float64) for k in (n, m, programs))
     with on(block.x.device):
         unit = None
         if _needs_unit(block):
             unit = _unit(weights, (teacher_weights.row_weight, teacher_weights.col_weight))
-        sides = [_vectors(b, w, unit) for b, w in ((block, weights), (teacher, teacher_weights))]
+        products = Products(block, operands, dtype, unit)
+        h_buffer = products.buffer(shape) if gradients else None
+        fixed = (
+            *(*operands.tiles(config), *of_teacher.tiles(config)),
+            *(
+                (b.scale, b.bias, *_vectors(b, w, unit), _shares(b, w, unit, config), o.d, *o.strides)
+                for b, w, o in ((block, weights, operands), (teacher, teacher_weights, of_teacher))
+            ),
+            *(pair(b.x_factor, b.y_factor) for b in (block, teacher)),
+            *(None if h_buffer is None else h_tile(h_buffer, config), h_buffer),
+            *(row_partial, col_partial, dscale, scratch),
+        )
         options = operands.options(config) | {"GRADIENTS": gradients, "TEACHER_PRECISION": of_teacher.precision}
-        del options["EVEN_D"]  # there are two
+        options |= {"USE_TMA": config.tma, "ROW_WARPS": config.row_warps}
+        options["EVEN_D"] &= of_teacher.options(config)["EVEN_D"]
         launch = launches(distillation_kernel, programs, options)
+        stride = 0 if h_buffer is None else h_buffer.stride(0)
 
         def fill(rows: slice, cols: slice, h: Tensor | None) -> None:
+            launch(*fixed, rows.stop, cols.stop, rows.start, cols.start, stride, programs_m, programs_n)
             n, m = rows.stop - rows.start, cols.stop - cols.start
             row_part = row_partial[: blocks(m, config.block_n) * n].view(-1, n)
-            col_part = col_partial[: blocks(n, config.block_m) * m].view(-1, m)
-            both = (
-                (p.x, p.y, b.scale, b.bias, v[0][rows], v[1][cols], p.d, *p.strides)
-                for p, b, v in zip(
-                    (operands.part(rows, cols), of_teacher.part(rows, cols)), (block, teacher), sides, strict=True
-                )
-            )
-            launch(*both, h, row_part, col_part, dscale, n, m, 0 if h is None else h.stride(0))
             row_cross[rows] += row_part.sum(dim=0, dtype=row_cross.dtype)
-            col_cross[cols] += col_part.sum(dim=0, dtype=col_cross.dtype)
+            col_cross[cols] += col_partial[: programs_m * m].view(-1, m).sum(dim=0, dtype=col_cross.dtype)
 
         got = None
-        if gradients:
-            products = Products(block, operands, dtype, unit)
-            dx, dy = products.by_chunks(shape, products.buffer(shape), fill)
+        if h_buffer is not None:
+            dx, dy = products.by_chunks(shape, h_buffer, fill)
             total = dscale.sum() if unit is None else dscale.sum() * unit
             got = Gradients(dx, dy, total.to(block.scale.dtype))
         else:
@@ -363,6 +357,26 @@ def _vectors(block: Block, weights: Weights, unit: Tensor | None) -> tuple[Tenso
         BLOCK=VECTOR_BLOCK,
     )
     return rows, cols
+
+
+def _shares(
+    block: Block, weights: Weights, unit: Tensor | None, config: Config, swapped: bool = False, of_factors: bool = False
+) -> Shares:
+    """What tiles of the config take for both sides; see share_kernel."""
+    n, m, new = block.n, block.m, block.scale.new_empty
+    sides = [(weights.row_lse, weights.row_weight, n), (weights.col_lse, weights.col_weight, m)]
+    (lse, weight, length), (other_lse, other_weight, other_length) = sides[::-1] if swapped else sides
+    counts = blocks(length, config.block_m), blocks(other_length, config.block_n)
+    shares = new(length), new((counts[0], 2)), new(other_length), new((counts[1], 2))
+    share_kernel[(sum(counts),)](
+        *((lse.contiguous(), other_lse.contiguous()), (weight.contiguous(), other_weight.contiguous())),
+        *(shares, block.scale, block.bias, unit, length, other_length),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        HAS_FACTORS=of_factors,
+        HAS_UNIT=unit is not None,
+    )
+    return shares
 
 
 def _needs_unit(block: Block) -> bool:

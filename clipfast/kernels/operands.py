@@ -46,10 +46,12 @@ class Operands:
     def strides(self) -> tuple[int, ...]:
         return *self.x.stride(), *self.y.stride()
 
-    def choose(self, kernel: str) -> Config:
-        aligned_rows = all(_has_aligned_rows(t) for t in (self.x, self.y))
-        device, itemsize = tuning.describe(self.x.device), self.x.dtype.itemsize
-        return tuning.choose(kernel, device, itemsize, self.d, aligned_rows).config
+    def choose(self, kernel: str, *others: Operands) -> Config:
+        """A configuration for these operands, and for others that the kernel multiplies in the same tiles."""
+        operands = self, *others
+        aligned_rows = all(_has_aligned_rows(t) for both in operands for t in (both.x, both.y))
+        itemsize, d = (max(of) for of in zip(*((both.x.dtype.itemsize, both.d) for both in operands), strict=True))
+        return tuning.choose(kernel, tuning.describe(self.x.device), itemsize, d, aligned_rows).config
 
     def tiles(self, config: Config) -> tuple[Any, Any]:
         if not config.tma:

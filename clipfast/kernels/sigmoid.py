@@ -23,6 +23,7 @@ from clipfast.kernels.tiles import (
     STRIP,
     are_distinct,
     diagonal_distance,
+    halves,
     inner_product,
     is_plain,
     is_positive,
@@ -50,12 +51,6 @@ def log1p(q):
     series = 1 / 7 + square * (1 / 9 + square * series)
     series = 1.0 + square * (1 / 3 + square * (1 / 5 + square * series))
     return tl.where(q > 1.0, tl.log2(1.0 + q) * LN_2, 2.0 * s * series)
-
-
-@triton.jit
-def halves(t, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
-    """The left and the right half of the columns. A thread of matrix instructions holds the same columns of both."""
-    return tl.split(tl.permute(tl.reshape(t, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))
 
 
 @triton.jit

@@ -57,6 +57,8 @@ def product(
     """x y^T on one tile, [BLOCK_M, BLOCK_N] in float32. What lies beyond n and m is arbitrary."""
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if USE_TMA:
+        # Else there would be zeros once more, for a loop that never begins.
+        tl.assume(d > 0)
         for k in range(0, d, BLOCK_D):
             x_tile = x.load([row, k])
             y_tile = y.load([col, k])
@@ -148,6 +150,12 @@ def merge(shift, total, other_shift, other_total, abs_scale2):
     return largest, (
         total * tl.exp2((shift - largest) * abs_scale2) + other_total * tl.exp2((other_shift - largest) * abs_scale2)
     )
+
+
+@triton.jit
+def halves(t, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    """The left and the right half of the columns. A thread of matrix instructions holds the same columns of both."""
+    return tl.split(tl.permute(tl.reshape(t, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))
 
 
 @triton.jit
