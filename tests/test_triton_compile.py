@@ -91,6 +91,21 @@ def test_a_lost_bar_is_a_fault(slots: float | None, fault: str) -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_every_launch_asks_for_fused_products_and_sums() -> None:
+    """Which Triton 3.10 leaves off otherwise: on either vendor's GPUs, where they are off where nobody asks."""
+    done = in_a_process(
+        "from unittest import mock; from triton.runtime.jit import JITFunction; from benchmarks import compile_report\n"
+        "run, asked = JITFunction.run, []\n"
+        "def noting(self, *a, **k): asked.append(k.get('enable_fp_fusion')); return run(self, *a, **k)\n"
+        "first = {(c.config.architecture, c.config.kernel): c for c in compile_report.cases(['sm_80', 'gfx942'])}\n"
+        "with mock.patch.object(JITFunction, 'run', noting):\n"
+        "    kernels = [compile_report.compiled_kernel(case) for case in first.values()]\n"
+        "print(all(asked), all(kernel.metadata.enable_fp_fusion for kernel in kernels))"
+    )
+    assert done == "True True\n"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_the_prediction_has_a_row_for_each_assumption() -> None:
     """At one d and one rate of L2; docs/hopper-model.md has them all."""
     done = in_a_process(

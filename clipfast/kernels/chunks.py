@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipfast import tuning
 from clipfast.block import Block
-from clipfast.kernels.operands import VECTOR_BLOCK, Operands, blocks
+from clipfast.kernels.operands import FUSED, VECTOR_BLOCK, Operands, blocks
 from clipfast.kernels.vectors import finish_kernel
 
 FINISH_ELEMENTS = 2048  # per program, at d up to 1024
@@ -102,6 +102,7 @@ def _finish(
         BLOCK_D=block_d,
         HAS_FACTORS=factor is not None,
         HAS_UNIT=unit is not None,
+        **FUSED,
     )
 
 

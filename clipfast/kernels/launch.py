@@ -16,7 +16,7 @@ from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidP
 from clipfast.kernels.chunks import Products, without_products
 from clipfast.kernels.distillation import distillation_kernel
 from clipfast.kernels.gradient import VECTORS, VECTORS_WITH_IDS, accumulate_kernel, gradient_kernel
-from clipfast.kernels.operands import VECTOR_BLOCK, Operands, blocks, h_tile, launches, nearest_offset, on, pair
+from clipfast.kernels.operands import FUSED, VECTOR_BLOCK, Operands, blocks, h_tile, launches, nearest_offset, on, pair
 from clipfast.kernels.ranks import NO_KEY, SIGN_BIT, matches_kernel
 from clipfast.kernels.sigmoid import sigmoid_kernel
 from clipfast.kernels.statistics import merge_kernel, statistics_kernel
@@ -68,6 +68,7 @@ def forward(
             *(row_partial, col_partial, positive_z, scale, block.bias, row_lse, col_lse, positive),
             *(n, m, nearest_offset(block), programs_m, programs_n),
             BLOCK=VECTOR_BLOCK,
+            **FUSED,
         )
     return Statistics(row_lse, col_lse, positive, row_above, col_above, kept)
 
@@ -355,6 +356,7 @@ def _vectors(block: Block, weights: Weights, unit: Tensor | None) -> tuple[Tenso
         HAS_UNIT=unit is not None,
         WIDTH=width,
         BLOCK=VECTOR_BLOCK,
+        **FUSED,
     )
     return rows, cols
 
@@ -375,6 +377,7 @@ def _shares(
         BLOCK_N=config.block_n,
         HAS_FACTORS=of_factors,
         HAS_UNIT=unit is not None,
+        **FUSED,
     )
     return shares
 
@@ -390,5 +393,6 @@ def _unit(weights: Weights, others: tuple[Tensor, Tensor] | None) -> Tensor:  # 
         *(v.contiguous() for v in (weights.row_weight, weights.col_weight, weights.positive_weight)),
         *(others, unit, len(weights.row_weight), len(weights.col_weight)),
         BLOCK=UNIT_BLOCK,
+        **FUSED,
     )
     return unit

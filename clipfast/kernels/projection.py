@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipfast import tuning
-from clipfast.kernels.operands import blocks, on
+from clipfast.kernels.operands import FUSED, blocks, on
 from clipfast.norms import MIN_NORM, norm_factors
 from clipfast.tuning import Config
 
@@ -111,5 +111,6 @@ def project(
             PRECISION=precision or "ieee",
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **FUSED,
         )
     return rows, factors
