@@ -50,7 +50,7 @@ MAX_STACK_OFF_PATH = 96  # which may be where few tiles go
 BARS = {
     ("statistics", ""): (9.5, 11.5),
     ("gradient", ""): (9.5, 12.0),
-    ("ranks", "ranks"): (18.0, 20.5),
+    ("ranks", "ranks"): (17.5, 20.5),
     ("sigmoid", ""): (15.5, 19.0),
     ("distillation", ""): (24.0, 31.0),
 }
@@ -176,6 +176,8 @@ def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) ->
             widths = WIDTHS if any_rows else WIDTHS[:1]
             found += [Case(config, *kind, d=d, option=first) for d in widths for kind in kinds]
         if not plain:
+            # What has a bar has one without norms, too.
+            found += [Case(config, *kind, option=o) for o in options for kind in kinds if (config.kernel, o) in BARS]
             found += [Case(config, *kind, True, WIDTHS[any_rows], option) for option in options for kind in kinds]
     return found
 

@@ -24,7 +24,7 @@ KERNELS = ("statistics", "ranks", "kept", "gradient", "accumulate", "sigmoid", "
 WORKSPACE_BYTES = 32 << 20
 
 # "chunks": store H and let the vendor's matrix product use it (3 P); "registers": multiply on in registers, one tower
-# at a time (4 P while d fits BLOCK_OUT). Neither was measured.
+# at a time (4 P while d fits BLOCK_OUT), from features again also where products were kept. Neither was measured.
 STRATEGY = "chunks"
 STRATEGIES = ("chunks", "registers")
 
@@ -263,12 +263,15 @@ CONFIGS: tuple[Config, ...] = (
     Config("projection", "sm_80", 4, 64, 64, 32, 8, 3),
     Config("statistics", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
     Config("statistics", "sm_90", 2, 128, 128, 64, 8, 3, tma=True),
+    Config("statistics", "sm_90", 2, 256, 128, 64, 8, 3, tma=True, min_triton=(3, 9)),
     Config("statistics", "sm_90", 2, 128, 64, 64, 8, 3),
     Config("gradient", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2),
+    Config("gradient", "sm_90", 2, 256, 128, 64, 8, 3, tma=True, min_triton=(3, 9)),
     Config("gradient", "sm_90", 2, 128, 64, 32, 8, 3),
     Config("accumulate", "sm_90", 2, 64, 64, 64, 8, 2, block_out=128),
-    Config("ranks", "sm_90", 2, 128, 64, 64, 4, 3, tma=True, per_processor=2),
-    Config("ranks", "sm_90", 2, 128, 64, 64, 8, 3),
+    Config("ranks", "sm_90", 2, 128, 64, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
+    Config("ranks", "sm_90", 2, 64, 64, 64, 4, 3, tma=True, per_processor=2),
+    Config("ranks", "sm_90", 2, 64, 64, 64, 8, 3),
     Config("kept", "sm_90", 2, 64, 64, 64, 8, 2, tma=True),
     Config("kept", "sm_90", 2, 64, 64, 64, 8, 3),
     Config("sigmoid", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
@@ -292,11 +295,10 @@ CONFIGS: tuple[Config, ...] = (
     Config("gradient", "sm_100", 2, 128, 64, 64, 8, 3),
     Config("accumulate", "sm_100", 2, 64, 64, 64, 8, 2, block_out=256),
     Config("ranks", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
-    Config("ranks", "sm_100", 2, 64, 64, 64, 4, 3),
+    Config("ranks", "sm_100", 2, 64, 64, 64, 8, 3),
     Config("kept", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
     Config("kept", "sm_100", 2, 64, 64, 64, 8, 3),
     Config("sigmoid", "sm_100", 2, 128, 64, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
-    Config("sigmoid", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
     Config("sigmoid", "sm_100", 2, 128, 64, 32, 4, 3, per_processor=2),
     Config("distillation", "sm_100", 2, 64, 64, 32, 8, 2, aligned=True),
     Config("distillation", "sm_100", 2, 64, 32, 32, 8, 2),
