@@ -98,7 +98,7 @@ def test_the_search_tries_what_fits_and_prints_what_can_be_pasted() -> None:
         found = list(tune.candidates(kernel, DEVICES["sm_90"], 2))
         assert len(found) == len(set(found)) > 20
         assert found[0] in tuning.CONFIGS
-        if kernel in ("statistics", "gradient"):
+        if kernel in ("statistics", "gradient") and tuning.triton_version() >= (3, 9):
             # Asks less of L2 than two programs of 128 by 128, which come first.
             assert any((c.block_m, c.block_n, c.tma) == (256, 128, True) for c in found if c in tuning.CONFIGS)
         assert eval(tune.line(found[0]).strip().rstrip(","), {"Config": Config}) == found[0]

@@ -79,9 +79,6 @@ class Operands:
     def swapped(self) -> Operands:
         return Operands(self.y, self.x, self.precision)
 
-    def part(self, rows: slice, cols: slice) -> Operands:
-        return Operands(self.x[rows], self.y[cols], self.precision)
-
 
 def h_tile(h: Tensor, config: Config) -> TensorDescriptor | None:  # [rows, cols], each row aligned
     """How the kernels store half a tile of H where the configuration has tensor descriptors."""
