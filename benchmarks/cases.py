@@ -68,7 +68,7 @@ def gpu_grid() -> list[Case]:
 
 def cpu_grid() -> list[Case]:
     """Batch sizes at d = 512, then widths, scales, and float16."""
-    sizes = (1024, 4096, 8192, 256, 2048, 16384, 512, 32768)
+    sizes = (1024, 4096, 64, 8192, 256, 2048, 16384, 512, 32768)
     main = [Case(dtype, n) for n in sizes for dtype in ("float32", "bfloat16")]
     middle = 2048
     widths = [Case(dtype, middle, d) for d in (256, 768, 1024, 1280) for dtype in ("float32", "bfloat16")]
