@@ -235,6 +235,8 @@ configs = [Config("gradient", "sm_90", 2, m, n, 64, warps, 2, tma=True) for m, n
 if __name__ == "__main__":
     for config in tune.promising(configs, 300):
         print(config.block_m, config.per_processor)
+    spills = Config("gradient", "sm_90", 2, 128, 256, 64, 8, 3, tma=True)
+    assert [tune.may_ship_with_norms(config) for config in (spills, configs[0])] == [False, True]
 """
     python = [sys.executable, "-c", program]
     variables = os.environ | {"PYTHONPATH": str(environment.ROOT), "TRITON_INTERPRET": "0"}
