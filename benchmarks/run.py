@@ -1,10 +1,11 @@
 """Time all candidates on all cases within a budget, each checked before its time counts; the result is a JSON file.
 
 Rounds are interleaved: each round times every candidate and torch's GEMM once, in rotating order, so that a slow spell
-of the machine hits all alike; NumPy's GEMM comes after them. P is a candidate's median time over the median of one
-product [n, d] x [d, n], by the fastest of this machine's libraries. On a CPU the rounds measure the processor's
-multiply-add peak too: the share of it that a candidate has is what it multiplies, over its time. On a GPU it is the
-share of the product's rate.
+of the machine hits all alike; NumPy's GEMM comes after them. On a CPU a step of a small encoder comes before each, as
+in training: else those that are made of the same operations would find their code in the caches, and others would not.
+P is a candidate's median time over the median of one product [n, d] x [d, n], by the fastest of this machine's
+libraries. On a CPU the rounds measure the processor's multiply-add peak too: the share of it that a candidate has is
+what it multiplies, over its time. On a GPU it is the share of the product's rate.
 The file is written after every case and is whole at any moment; a later run of the same commit goes on from there, one
 of another commit, or of changes that no commit names, needs another file. A candidate that ends the process, or on a
 GPU hangs or leaves it unusable, is named in the file: a later run goes on without it.
@@ -12,6 +13,7 @@ GPU hangs or leaves it unusable, is named in the file: a later run goes on witho
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import statistics
@@ -183,10 +185,12 @@ class Runner:
         gemms: dict[str, list[float]] = {name: [] for name in products(case, self.device)}
         peaks: list[float] = []
         gemm(*next(sets), self.device)
+        between = encoder_step if self.device == "cpu" else lambda: None
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_PER_CANDIDATE[self.device] / max(slowest, 1e-6))))
         names = list(losses)
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
+                between()
                 timed[name].append(once(losses[name], *next(sets), self.device))
             gemms["torch"].append(gemm(*next(sets), self.device))
             if self.device == "cpu" and peak.available():
@@ -219,6 +223,18 @@ class Runner:
                 rows[name]["share_of_limit"] = multiplied / total / highest
             if self.device == "cuda":
                 rows[name]["tflops"] = 2 * PRODUCTS * case.n**2 * case.d / total / 1e12
+
+
+def encoder_step() -> None:
+    """Forward and backward of a layer of a transformer."""
+    layer, tokens = _encoder()
+    layer(tokens).sum().backward()
+
+
+@functools.cache
+def _encoder() -> tuple[torch.nn.Module, Tensor]:
+    layer = torch.nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True)
+    return layer, torch.ones(4, 50, 512)
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,28 @@ from torch import Tensor
 from clipfast.block import number_ids
 from clipfast.problem import DTYPES
 
+T = TypeVar("T")
+
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def remembered(check: Callable[..., T]) -> Callable[..., T]:
+    """The check, which remembers what it gave for the same arguments: a training asks the same at each step.
+
+    What it raises is not remembered. torch.compile traces through the check itself.
+    """
+    known = functools.lru_cache(maxsize=1024, typed=True)(check)
+
+    @functools.wraps(check)
+    def remembering(*values: Any) -> T:
+        if not torch.compiler.is_compiling():
+            try:
+                return known(*values)
+            except TypeError:  # a value that cannot be hashed, or the check's own
+                pass
+        return check(*values)
+
+    return remembering
 
 
 NAMES = ("image_features", "text_features")
@@ -26,10 +48,9 @@ def matched_features(
 ) -> tuple[Tensor, Tensor]:
     """`feature_pair`, with a text for each image at least."""
     images, texts = feature_pair(image_features, text_features, names, fewest_rows)
-    if len(texts) < len(images):
-        raise ValueError(
-            f"{names[1]}: got {len(texts)} rows; accepted are at least the {len(images)} rows of {names[0]}"
-        )
+    n, m = images.shape[0], texts.shape[0]
+    if m < n:
+        raise ValueError(f"{names[1]}: got {m} rows; accepted are at least the {n} rows of {names[0]}")
     return images, texts
 
 
@@ -114,7 +135,7 @@ def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -
         if not value.ndim and value.dtype == dtype and value.device == device:
             return value
         return value.reshape(()).to(device=device, dtype=dtype)
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, Real)):  # the first is found sooner
         raise TypeError(f"{name}: got {type_name(value)}; accepted is a number or a tensor of one element")
     try:
         number = float(value)
@@ -144,11 +165,10 @@ def ids(
     return image_ids.long(), text_ids.long()
 
 
-def numbered_ids(
-    image_ids: Tensor | None, text_ids: Tensor | None, images: Tensor, texts: Tensor
-) -> tuple[Tensor | None, Tensor | None]:  # [n], [m], int32
+def numbered(
+    row_ids: Tensor | None, col_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:  # [n], [m], int64 -> int32
     """`ids` as a block takes them."""
-    row_ids, col_ids = ids(image_ids, text_ids, images, texts)
     return (None, None) if row_ids is None or col_ids is None else number_ids(row_ids, col_ids)
 
 

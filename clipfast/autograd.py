@@ -17,28 +17,32 @@ from torch.autograd import forward_ad
 
 from clipfast import arguments
 
+Function = Callable[..., tuple[Tensor, ...]]
 Save = Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]]
 
 
 def differentiable(
     name: str,
-    forward: Callable[..., tuple[Tensor, ...]],
-    backward: Callable[..., tuple[Tensor, ...]],
-    forward_shapes: Callable[..., tuple[Tensor, ...]],
-    backward_shapes: Callable[..., tuple[Tensor, ...]],
+    forward: Function,
+    backward: Function,
+    forward_shapes: Function,
+    backward_shapes: Function,
     save: Save,
     formed: bool = False,
-) -> Callable[..., tuple[Tensor, ...]]:
+    through: bool = True,
+) -> Function:
     """The function `clipfast::name`, whose first output has a gradient and whose others have none.
 
     forward(*inputs) gives the outputs; save(inputs, outputs) says which tensors, and which other values, the backward
     pass needs; backward(gradient of the first output, *tensors, *values) gives the gradients of the first inputs, all
-    others have none. The shapes functions do the same on tensors without data. `formed`: the gradients come with the
-    outputs, and the backward pass only scales them. A graph through it (create_graph) would not lead to the inputs, so
-    it is refused. The operator itself is the function's attribute `operator`.
+    others have none. The last input is a NamedTuple of options, in whose place the operator has its fields. The shapes
+    functions do the same on tensors without data. `formed`: the gradients come with the outputs, and the backward pass
+    only scales them, by None where that is by 1. Without `through`, a graph through the backward pass (create_graph)
+    would not lead to the inputs, so it is refused. The operator itself is the function's attribute `operator`.
     """
-    operator = torch.library.custom_op(f"clipfast::{name}", mutates_args=())(forward)
-    derivative = torch.library.custom_op(f"clipfast::{name}_backward", mutates_args=())(backward)
+    flat_forward, flat_backward = _flat(forward), _flat(backward)
+    operator = torch.library.custom_op(f"clipfast::{name}", mutates_args=())(flat_forward)
+    derivative = torch.library.custom_op(f"clipfast::{name}_backward", mutates_args=())(flat_backward)
     operator.register_fake(forward_shapes)
     derivative.register_fake(backward_shapes)
 
@@ -53,16 +57,16 @@ def differentiable(
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # zeros for outputs that have no gradient
 
-    def gradients(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        if formed and torch.is_grad_enabled():
+    def gradients(ctx: Any, function: Function, *inputs: Any) -> tuple[Tensor | None, ...]:
+        if not through and torch.is_grad_enabled():
             _refuse_double_backward()
-        by_first = function(*tensors, *ctx.values)
+        by_first = function(*inputs)
         needs = ctx.needs_input_grad
         wanted = [g if wants else None for g, wants in zip(by_first, needs, strict=False)]
         return *wanted, *[None] * (len(needs) - by_inputs)
 
     def operator_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return gradients(ctx, derivative, gradient, *ctx.saved_tensors)
+        return gradients(ctx, derivative, gradient, *ctx.saved_tensors, *ctx.values)
 
     operator.register_autograd(operator_backward, setup_context=setup_context)
     derivative.register_autograd(_refuse_double_backward)
@@ -70,16 +74,17 @@ def differentiable(
     class Eager(_Function):
         @staticmethod
         def forward(*inputs: Any) -> tuple[Tensor, ...]:
-            return forward(*inputs)
+            return flat_forward(*inputs)
 
         @staticmethod
-        def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            tensors = arguments.plain("the loss's gradient", gradient), *ctx.saved_tensors
+        def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            gradient = arguments.plain("the loss's gradient", upstream)
+            tensors, values = ctx.saved_tensors, _fields(ctx.values)
             if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-                function = EagerBackward.apply
-            else:
-                function = derivative if _watched(tensors) else backward
-            return gradients(ctx, function, *tensors)
+                return gradients(ctx, EagerBackward.apply, gradient, *tensors, *values)
+            if _watched((gradient, *tensors)):
+                return gradients(ctx, derivative, gradient, *tensors, *values)
+            return gradients(ctx, flat_backward, None if formed and _is_one(gradient) else gradient, *tensors, *values)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -109,7 +114,7 @@ def differentiable(
     class EagerBackward(_Function):
         @staticmethod
         def forward(*inputs: Any) -> tuple[Tensor, ...]:
-            return backward(*inputs)
+            return flat_backward(*inputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -122,22 +127,26 @@ def differentiable(
             return _one_by_one(EagerBackward.apply, info.batch_size, in_dims, inputs)
 
     def apply(*inputs: Any) -> tuple[Tensor, ...]:
-        if _watched(inputs):
-            return operator(*inputs)  # type: ignore[no-any-return]
+        if _watched(inputs[:-1]):
+            return operator(*_fields(inputs))  # type: ignore[no-any-return]
         if torch._C._are_functorch_transforms_active():
-            return Eager.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+            return Eager.apply(*_fields(inputs))  # type: ignore[no-any-return, no-untyped-call]
         outputs: list[Tensor] = []
-        loss = Plain.apply(*inputs[:by_inputs], inputs[by_inputs:], outputs)  # type: ignore[no-untyped-call]
+        # Function.apply itself looks for functorch once more.
+        plain: Any = super(torch.autograd.Function, Plain)
+        loss = plain.apply(*inputs[:by_inputs], inputs[by_inputs:], outputs)
         return loss, *outputs
 
     apply.operator = operator  # type: ignore[attr-defined]
     return apply
 
 
-def flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the fields of its last argument, a NamedTuple, in its place, as operators take options."""
+def _flat(function: Function) -> Function:
+    """The function with the fields of its last argument in its place, if that is a NamedTuple."""
     signature = inspect.signature(function, eval_str=True)
     *parameters, last = signature.parameters.values()
+    if not hasattr(last.annotation, "_fields"):
+        return function
     defaults = last.annotation._field_defaults
     fields = [
         inspect.Parameter(
@@ -157,6 +166,11 @@ def flat(function: Callable[..., Any]) -> Callable[..., Any]:
     return flattened
 
 
+def _fields(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What `_flat` makes of a function's inputs."""
+    return (*inputs[:-1], *inputs[-1]) if inputs and isinstance(inputs[-1], tuple) else inputs
+
+
 class _Function(torch.autograd.Function):
     """functorch's transforms see this: grad works, vmap loops, forward mode is refused."""
 
@@ -173,16 +187,24 @@ def _watched(inputs: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling():
         return True
     watched = torch._C._len_torch_dispatch_stack() > 0
-    if not watched and {type(t) for t in inputs} <= _UNWATCHED:
+    if not watched and _UNWATCHED.issuperset(map(type, inputs)):
         return False
     tensors = [t for t in inputs if isinstance(t, Tensor)]
-    watched = watched or not {type(t) for t in tensors} <= _UNWATCHED
+    watched = watched or not _UNWATCHED.issuperset(map(type, tensors))
     if watched and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
         _Function.jvp(None)
     return watched
 
 
 _UNWATCHED = {Tensor, torch.nn.Parameter, type(None), bool, float, str, torch.dtype}
+
+
+def _is_one(gradient: Tensor) -> bool:
+    """Whether what was formed can be given away as it is: it is not looked at again, and no device is waited for."""
+    return gradient.device.type == "cpu" and not _graph_is_kept() and gradient.item() == 1
+
+
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _refuse_double_backward(*_: Any) -> Any:

@@ -24,7 +24,7 @@ class Block(NamedTuple):
     x: Tensor  # [n, d]
     y: Tensor  # [m, d]
     scale: Tensor  # []
-    bias: Tensor  # []
+    bias: Tensor | None  # []; None for 0, where a backend forms loss and gradients in one pass
     diag_offset: int = 0
     x_factor: Tensor | None = None  # [n]: f_i x_i is taken for x_i
     y_factor: Tensor | None = None  # [m]

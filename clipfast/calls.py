@@ -57,23 +57,24 @@ def contrastive_loss(
     ranks = ranks_of(group)
     projections: tuple[Projection, ...] = ()
     with telling(ranks, images.features if isinstance(images, Projection) else images, equal_shards):
-        check_common(normalize, grad_reduction, scheme, deterministic)
-        arguments.choice("direction", direction, DIRECTIONS)
-        arguments.choice("reduction", reduction, REDUCTIONS)
-        arguments.choice("same_id", same_id, SAME_IDS)
-        arguments.flag("return_metrics", return_metrics)
-        arguments.bytes_or_none("keep_bytes", keep_bytes)
-        label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
         fewest_rows = 0 if ranks else 1
         if isinstance(images, Projection) and isinstance(texts, Projection):
             projections, images, texts = _projections(images, texts, fewest_rows)
         x, y = arguments.matched_features(images, texts, fewest_rows=fewest_rows)
         ids = arguments.ids(image_ids, text_ids, x, y)
-        biases = _biases_of_candidates(logit_bias, x, y)
-        scale, bias = scalars(x, logit_scale, 0.0 if logit_bias is None or biases is not None else logit_bias)
-        needs = {IDS} if ids[0] is not None else set()
-        backend = select(x, y, backend, needs | {RANKS} if return_metrics else needs)
-        allowed, _ = dispatch.allowed_bytes(keep_bytes, backend, x.dtype)
+        scale, bias, biases = scalar_of(x, "logit_scale", logit_scale), None, None
+        if logit_bias is not None:
+            biases = _biases_of_candidates(logit_bias, x, y)
+            bias = scalar_of(x, "logit_bias", logit_bias) if biases is None else None
+        inputs: tuple[Tensor | None, ...] = (x, y)
+        if projections:
+            inputs = tuple(t for both in zip(*projections, strict=True) for t in both)  # features, weights, biases
+        keeps = ranks is None and wants_gradients(*inputs, scale, bias)
+        options, allowed, at_once = _decide(
+            x.shape, y.shape, x.dtype, x.device, ids[0] is not None, normalize, label_smoothing, direction, reduction,
+            same_id, return_metrics, grad_reduction, scheme, deterministic, backend, keeps, keep_bytes,
+            bool(projections), dispatch.environment(),
+        )  # fmt: skip
     if projections and (ranks is not None or biases is not None):
         x, y = (side.plain_rows(x.dtype) for side in projections)
         projections = ()
@@ -85,23 +86,19 @@ def contrastive_loss(
             "keep_bytes": keep_bytes, "deterministic": deterministic, "backend": backend,
         }  # fmt: skip
         return _with_bias_of_candidates(x, y, logit_scale, biases, direction, **of_one)
-    inputs: tuple[Tensor | None, ...] = (x, y)
-    if projections:
-        inputs = tuple(t for both in zip(*projections, strict=True) for t in both)  # features, weights, biases
-    keep = ranks is None and wants_gradients(*inputs, scale, bias)
-    keep = keep and dispatch.keeps_logits(backend, len(x), (len(y),), x.dtype, allowed) > 0
-    options = Options(normalize, label_smoothing, direction, reduction, same_id, return_metrics, backend, keep)
+    numbers = arguments.numbered(*ids) if ranks is None else (None, None)
+    if at_once:
+        return operators.symmetric_loss(x, y, scale, bias, *numbers, options)[0]
+    if bias is None:
+        bias = scale.new_zeros(())
     if ranks is None:
-        numbers = arguments.numbered_ids(*ids, x, y)
         if projections:
             wanted = (wants_gradients(t) for t in inputs[:4])
             outputs = operators.projected_contrastive_loss(
-                *inputs[:4], scale, bias, *inputs[4:], *numbers, x.dtype, *wanted, *options
+                *inputs[:4], scale, bias, *inputs[4:], *numbers, x.dtype, *wanted, options
             )
-        elif forms_gradients(options, ids=numbers[0] is not None):
-            return operators.symmetric_loss(x, y, scale, bias, *numbers, *options)[0]
         else:
-            outputs = operators.contrastive_loss(x, y, scale, bias, *numbers, *options)
+            outputs = operators.contrastive_loss(x, y, scale, bias, *numbers, options)
         loss, _, _, _, row_above, col_above, *_ = outputs
     else:
         from clipfast import distributed  # imports torch's compiler, which takes a second
@@ -146,6 +143,44 @@ def check_common(normalize: object, grad_reduction: object, scheme: object, dete
     arguments.flag("normalize", normalize)
 
 
+@arguments.remembered
+def _decide(
+    x_shape: torch.Size,
+    y_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    ids: bool,
+    normalize: bool,
+    label_smoothing: float,
+    direction: str,
+    reduction: str,
+    same_id: str,
+    return_metrics: bool,
+    grad_reduction: str,
+    scheme: str,
+    deterministic: bool | None,
+    backend: str,
+    keeps: bool,  # whether logits may be kept at all
+    keep_bytes: int | None,
+    projected: bool,
+    environment: tuple[str | None, ...],
+) -> tuple[Options, int, bool]:
+    """The options, checked; how many bytes of logits may be kept; whether the gradients are formed with the loss."""
+    check_common(normalize, grad_reduction, scheme, deterministic)
+    arguments.choice("direction", direction, DIRECTIONS)
+    arguments.choice("reduction", reduction, REDUCTIONS)
+    arguments.choice("same_id", same_id, SAME_IDS)
+    arguments.flag("return_metrics", return_metrics)
+    arguments.bytes_or_none("keep_bytes", keep_bytes)
+    label_smoothing = arguments.fraction("label_smoothing", label_smoothing)
+    needs = {need for need, there in ((IDS, ids), (RANKS, return_metrics)) if there}
+    backend = dispatch.select(_problem(x_shape, y_shape, dtype, device, needs), backend)
+    allowed, _ = dispatch.allowed_bytes(keep_bytes, backend, dtype)
+    keep = keeps and dispatch.keeps_logits(backend, x_shape[0], (y_shape[0],), dtype, allowed) > 0
+    options = Options(normalize, label_smoothing, direction, reduction, same_id, return_metrics, backend, keep)
+    return options, allowed, not projected and forms_gradients(options, ids)
+
+
 def telling(group: Any, image_features: object, equal_shards: bool) -> AbstractContextManager[None]:
     """An error in the arguments is told to the other ranks, which wait for this one."""
     if group is None:
@@ -170,28 +205,34 @@ def recalls(
     return dict(zip(hits, totals[:-1] / totals[-1], strict=True))
 
 
-def scalars(x: Tensor, logit_scale: object, logit_bias: object = 0.0) -> tuple[Tensor, Tensor]:
-    """logit_scale and logit_bias, 0-D, as the operators take them."""
-    dtype = accumulation_dtype(x.dtype)
-    return (
-        arguments.scalar("logit_scale", logit_scale, dtype, x.device),
-        arguments.scalar("logit_bias", logit_bias, dtype, x.device),
-    )
+def scalar_of(x: Tensor, name: str, value: object) -> Tensor:  # []
+    """A scale or a bias of the logits, as the operators take it."""
+    return arguments.scalar(name, value, accumulation_dtype(x.dtype), x.device)
 
 
-def select(x: Tensor, y: Tensor, backend: str, needs: set[str]) -> str:
-    n, m = (max(1, t.shape[0]) for t in (x, y))  # a rank of several may have no rows
-    problem = Problem(n, m, x.shape[1], x.dtype, x.device, frozenset(needs))
-    return dispatch.select(problem, arguments.backend_name(backend))
+def problem_of(x: Tensor, y: Tensor, needs: set[str]) -> Problem:
+    return _problem(x.shape, y.shape, x.dtype, x.device, needs)
+
+
+def _problem(
+    x_shape: torch.Size, y_shape: torch.Size, dtype: torch.dtype, device: torch.device, needs: set[str]
+) -> Problem:
+    (n, d), m = x_shape, y_shape[0]
+    # A rank of several may have no rows.
+    return Problem(n or 1, m or 1, d, dtype, device, frozenset(needs))
 
 
 def wants_gradients(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if torch.is_grad_enabled():
+        for given in inputs:
+            if given is not None and given.requires_grad:
+                return True
+    return False
 
 
 def _biases_of_candidates(logit_bias: object, x: Tensor, y: Tensor) -> Tensor | None:  # [n]
     """The bias, if it is one for each candidate, as open_clip's ClipLoss takes a tensor [n]."""
-    if isinstance(logit_bias, Tensor) and len(x) > 1 and logit_bias.shape == x.shape[:1] == y.shape[:1]:
+    if isinstance(logit_bias, Tensor) and x.shape[0] > 1 and logit_bias.shape == x.shape[:1] == y.shape[:1]:
         return logit_bias
     return None
 
@@ -216,7 +257,7 @@ def _with_bias_of_candidates(
         loss = torch.stack(losses)
         loss = loss.mean() if options["reduction"] == MEAN else loss
         return (loss, metrics[0] | metrics[1]) if metrics else loss  # type: ignore[return-value]
-    scale, _ = scalars(x, logit_scale)
+    scale = scalar_of(x, "logit_scale", logit_scale)
     if normalize:
         x, y = l2_normalize(x), l2_normalize(y)
     one, bias = scale.new_ones(len(x), 1), logit_bias.to(scale.dtype)[:, None]

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from clipfast import arguments
 from clipfast.backends import cpu, torch as torch_backend, triton
 from clipfast.problem import Problem, accumulation_dtype
 
@@ -37,17 +38,32 @@ def _unknown(source: str, name: str) -> ValueError:
     return ValueError(f"{source}: {name!r} is unknown; accepted are {accepted}")
 
 
-def select(problem: Problem, backend: str = "auto") -> str:
+def environment() -> tuple[str | None, ...]:
+    """What a choice depends on beside its arguments, in a process that has what it has."""
+    if torch.compiler.is_compiling():  # which cannot trace the others, and nothing is remembered then
+        return (os.environ.get(ENVIRONMENT_VARIABLE),)
+    asked = (ENVIRONMENT_VARIABLE, KEEP_VARIABLE, triton.INTERPRETER_VARIABLE, cpu.ENVIRONMENT_VARIABLE)
+    return *map(cpu.getenv, asked), torch.get_float32_matmul_precision()
+
+
+def select(problem: Problem, backend: object = "auto") -> str:
     """The name of the backend that computes `problem`.
 
     `backend="auto"` asks the environment variable CLIPFAST_BACKEND, and where that is unset, empty or "auto" takes the
     first backend without a reason against itself. A backend that is named, in either way, never falls back to another.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: the name is unknown, or the backend cannot run the problem; the text holds every reason.
     """
-    source = "backend"
-    if backend == "auto" and (named := os.environ.get(ENVIRONMENT_VARIABLE)):
+    return _select(problem, backend, environment())
+
+
+@arguments.remembered
+def _select(problem: Problem, backend: object, environment: tuple[str | None, ...]) -> str:
+    source, backend = "backend", arguments.backend_name(backend)
+    named, *_ = environment
+    if backend == "auto" and named:
         source, backend = ENVIRONMENT_VARIABLE, named
     if backend not in ("auto", *names()):
         raise _unknown(source, backend)

@@ -122,7 +122,7 @@ def explain(
         )  # fmt: skip
         visited = world_size * m if ranks.scheme == GATHER else m
     problem = Problem(n, visited, d, dtype, torch.device(device), needs)
-    chosen = dispatch.select(problem, arguments.backend_name(backend))
+    chosen = dispatch.select(problem, backend)
     module = dispatch.get(chosen)
     workspace = module.workspace_bytes(problem)
     columns = [m] * world_size if ranks and ranks.scheme != GATHER else [visited]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast import arguments, calls, distillation, operators, sigmoid
+from clipfast import arguments, calls, dispatch, distillation, operators, sigmoid
 from clipfast.block import IGNORE, SAME_IDS
 from clipfast.problem import DISTILLATION, IDS, SIGMOID
 from clipfast.projected import Projection
@@ -199,19 +199,20 @@ def siglip_loss(
         calls.check_common(normalize, grad_reduction, scheme, deterministic)
         arguments.choice("same_id", same_id, SAME_IDS)
         x, y = arguments.matched_features(image_features, text_features, fewest_rows=0 if ranks else 1)
-        scale, bias = calls.scalars(x, logit_scale, logit_bias)
+        scale = calls.scalar_of(x, "logit_scale", logit_scale)
+        bias = calls.scalar_of(x, "logit_bias", logit_bias)
         ids = arguments.ids(image_ids, text_ids, x, y)
-        backend = calls.select(x, y, backend, {SIGMOID} if ids[0] is None else {SIGMOID, IDS})
+        backend = dispatch.select(calls.problem_of(x, y, {SIGMOID} if ids[0] is None else {SIGMOID, IDS}), backend)
+    options = sigmoid.Options(normalize, same_id, backend)
     if ranks is not None:
         from clipfast import distributed
 
-        options = sigmoid.Options(normalize, same_id, backend)
         group_options = GroupOptions(ranks, grad_reduction, scheme, equal_shards)
         return distributed.siglip_loss(  # type: ignore[no-any-return]
             x, y, scale, bias, *ids, options, group_options
         )
-    wanted, numbers = calls.wants_gradients(x, y, scale, bias), arguments.numbered_ids(*ids, x, y)
-    loss, *_ = operators.siglip_loss(x, y, scale, bias, *numbers, wanted, normalize, same_id, backend)
+    wanted, numbers = calls.wants_gradients(x, y, scale, bias), arguments.numbered(*ids)
+    loss, *_ = operators.siglip_loss(x, y, scale, bias, *numbers, wanted, options)
     return loss
 
 
@@ -270,17 +271,17 @@ def distillation_loss(
                 raise ValueError(f"{name}: is on {theirs.device}; the student's are on {own.device}")
         dtype = torch.promote_types(x.dtype, teacher[0].dtype)
         x, y, teacher_x, teacher_y = (t.to(dtype) for t in (x, y, *(t.detach() for t in teacher)))
-        scale, _ = calls.scalars(x, logit_scale)
+        scale = calls.scalar_of(x, "logit_scale", logit_scale)
         teacher_scale = arguments.scalar("teacher_logit_scale", teacher_logit_scale, scale.dtype, x.device).detach()
-        backend = calls.select(x, y, backend, {DISTILLATION})
+        backend = dispatch.select(calls.problem_of(x, y, {DISTILLATION}), backend)
     both = x, y, scale, teacher_x, teacher_y, teacher_scale
+    options = distillation.Options(normalize, backend)
     if ranks is not None:
         from clipfast import distributed
 
-        options = distillation.Options(normalize, backend)
         group_options = GroupOptions(ranks, grad_reduction, scheme, equal_shards)
         return distributed.distillation_loss(  # type: ignore[no-any-return]
             *both, options, group_options
         )
-    loss, *_ = operators.distillation_loss(*both, calls.wants_gradients(x, y, scale), normalize, backend)
+    loss, *_ = operators.distillation_loss(*both, calls.wants_gradients(x, y, scale), options)
     return loss

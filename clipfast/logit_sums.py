@@ -123,7 +123,8 @@ class _Side(NamedTuple):
         return Sums(same_count, same_sum, all_count, all_sum)
 
     def _logits(self, block: Block, x: Tensor, y: Tensor, count: Tensor) -> Tensor:  # [n, d], [n, d] or [d], [n] -> [n]
-        return block.scale.to(count.dtype) * (x * y).sum(dim=1, dtype=count.dtype) + block.bias.to(count.dtype) * count
+        sums = block.scale.to(count.dtype) * (x * y).sum(dim=1, dtype=count.dtype)
+        return sums if block.bias is None else sums + block.bias.to(count.dtype) * count
 
     def constant_gradient(self, row_constant: Tensor, col_constant: Tensor) -> Tensor:  # [n], [m] -> [n, d]
         row_constant, col_constant = (c.to(self.x.dtype)[:, None] for c in (row_constant, col_constant))

@@ -74,7 +74,7 @@ def retrieval_metrics(
         ids = arguments.ids(image_ids, text_ids, x, y)
         needs = frozenset({RANKS} if ids[0] is None else {RANKS, IDS})
         problem = Problem(max(1, len(x)), max(1, len(y)), x.shape[1], x.dtype, x.device, needs)
-        backend = dispatch.select(problem, arguments.backend_name(backend))
+        backend = dispatch.select(problem, backend)
     if normalize:
         x, y = l2_normalize(x), l2_normalize(y)
     with without_autocast(x.device):

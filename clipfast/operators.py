@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from clipfast import dispatch, distillation, projected, sigmoid, softmax
-from clipfast.autograd import differentiable, flat
+from clipfast.autograd import differentiable
 from clipfast.block import Statistics
 from clipfast.problem import accumulation_dtype, kept_dtype, statistics_dtype
 from clipfast.projected import Projection, Rows
 
 
-@flat
 def _contrastive_forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d], m >= n
@@ -37,7 +36,6 @@ def _tensors(statistics: Statistics, scale: Tensor) -> tuple[Tensor, Tensor, Ten
     return row_lse, col_lse, positive, row_above, col_above, scale.new_empty(0) if kept is None else kept
 
 
-@flat
 def _contrastive_backward(
     gradient: Tensor,  # as the loss
     x: Tensor,  # [n, d]
@@ -84,7 +82,6 @@ contrastive_loss = differentiable(
 )
 
 
-@flat
 def _projected_forward(
     image_features: Tensor,  # [n, d']
     text_features: Tensor,  # [m, d'']
@@ -110,7 +107,6 @@ def _projected_forward(
     return loss, *_tensors(statistics, scale), *rows
 
 
-@flat
 def _projected_backward(
     gradient: Tensor,  # as the loss
     image_features: Tensor,  # [n, d']
@@ -175,26 +171,25 @@ projected_contrastive_loss = differentiable(
 )
 
 
-@flat
 def _symmetric_forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d], m >= n
     scale: Tensor,  # []
-    bias: Tensor,  # []
+    bias: Tensor | None,  # []
     image_ids: Tensor | None,  # [n], int32
     text_ids: Tensor | None,  # [m], int32
     options: softmax.Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # the loss, dx, dy, dscale, dbias
     loss, formed, dbias = softmax.symmetric(x, y, scale, bias, image_ids, text_ids, options)
-    return loss, *formed, dbias if dbias.dtype == bias.dtype else dbias.to(bias.dtype)
+    return loss, *formed, dbias
 
 
 def _symmetric_backward(
-    gradient: Tensor,  # []
+    gradient: Tensor | None,  # []
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
     scale: Tensor,  # []
-    bias: Tensor,  # []
+    bias: Tensor | None,  # []
     dx: Tensor,  # [n, d]
     dy: Tensor,  # [m, d]
     dscale: Tensor,  # []
@@ -209,13 +204,13 @@ symmetric_loss = differentiable(
     "symmetric_loss",
     _symmetric_forward,
     _symmetric_backward,
-    lambda *inputs: _formed_shapes(inputs[:4], True),
+    lambda x, y, scale, *_: _formed_shapes((x, y, scale, scale), True),
     _symmetric_backward,
     save=lambda inputs, outputs: ((*inputs[:4], *outputs[1:]), ()),
+    formed=True,
 )
 
 
-@flat
 def _siglip_forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
@@ -233,7 +228,6 @@ def _siglip_forward(
     return loss, *formed, dbias.to(bias.dtype)
 
 
-@flat
 def _distillation_forward(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
@@ -259,24 +253,27 @@ def _formed_shapes(inputs: tuple[Tensor, ...], gradients: bool) -> tuple[Tensor,
 
 
 def _scaled_gradients(
-    gradient: Tensor,  # []
+    gradient: Tensor | None,  # []
     dx: Tensor,  # [n, d]
     dy: Tensor,  # [m, d]
     dscale: Tensor,  # []
     dbias: Tensor,  # []
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (dx * gradient).to(dtype), (dy * gradient).to(dtype), dscale * gradient, dbias * gradient
+    dx, dy, dscale = _distillation_backward(gradient, dx, dy, dscale, dtype)
+    return dx, dy, dscale, dbias if gradient is None else dbias * gradient
 
 
 def _distillation_backward(
-    gradient: Tensor,  # []
+    gradient: Tensor | None,  # []
     dx: Tensor,  # [n, d]
     dy: Tensor,  # [m, d]
     dscale: Tensor,  # []
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (dx * gradient).to(dtype), (dy * gradient).to(dtype), dscale * gradient
+    if gradient is not None:
+        dx, dy, dscale = dx * gradient, dy * gradient, dscale * gradient
+    return dx.to(dtype), dy.to(dtype), dscale
 
 
 def _save_gradients(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -292,6 +289,7 @@ siglip_loss = differentiable(
     lambda gradient, *saved: _scaled_gradients(gradient, *saved),
     _save_gradients,
     formed=True,
+    through=False,
 )
 distillation_loss = differentiable(
     "distillation_loss",
@@ -301,4 +299,5 @@ distillation_loss = differentiable(
     lambda gradient, *saved: _distillation_backward(gradient, *saved),
     _save_gradients,
     formed=True,
+    through=False,
 )

@@ -96,16 +96,16 @@ def symmetric(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d], m >= n
     scale: Tensor,  # []
-    bias: Tensor,  # []
+    bias: Tensor | None,  # []; without one it is 0
     image_ids: Tensor | None,  # [n], int32
     text_ids: Tensor | None,  # [m], int32
     options: Options,
 ) -> tuple[Tensor, Gradients, Tensor]:
     """The mean loss of both directions [], its gradients, in the dtype that `kept_dtype` says, and dbias []."""
-    with without_autocast(x.device):
-        backend = dispatch.get(options.backend)
+    backend = dispatch.get(options.backend)
+    with without_autocast(x.device) if options.normalize else nullcontext():
         block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options)
-        return backend.symmetric(block, kept_dtype(x.dtype))  # type: ignore[no-any-return]
+    return backend.symmetric(block, kept_dtype(x.dtype))  # type: ignore[no-any-return]
 
 
 def backward(
@@ -180,7 +180,7 @@ def make_block(
     x: Tensor,  # [n, d]
     y: Tensor,  # [m, d]
     scale: Tensor,  # []
-    bias: Tensor,  # []
+    bias: Tensor | None,  # []
     image_ids: Tensor | None,  # [n], int32
     text_ids: Tensor | None,  # [m], int32
     options: Options,

@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -51,13 +52,28 @@ Matrix make_matrix(Address data, index_t rows, index_t cols, index_t row_stride,
     return {pointer<void>(data), rows, cols, row_stride, col_stride, pointer<void>(factors)};
 }
 
-Block make_block(const std::string& dtype, const std::string& product, const Matrix& x, const Matrix& y, double scale,
-                 double bias, index_t diag_offset, Address row_ids, Address col_ids, bool ignores_same_ids) {
+// A 0-D tensor of the type that adds features of `dtype` up.
+double get(Address address, DType dtype) {
+    return dtype == DType::float64 ? *pointer<double>(address) : *pointer<float>(address);
+}
+
+void put(double value, Address address, DType dtype) {
+    if (!address) return;
+    if (dtype == DType::float64)
+        *pointer<double>(address) = value;
+    else
+        *pointer<float>(address) = static_cast<float>(value);  // inf beyond its range, as IEEE 754 rounds
+}
+
+Block make_block(const std::string& dtype, const std::string& product, const Matrix& x, const Matrix& y, Address scale,
+                 Address bias, index_t diag_offset, Address row_ids, Address col_ids, bool ignores_same_ids) {
     if (x.rows < 1 || y.rows < 1 || x.cols < 1 || x.cols != y.cols)
         throw std::invalid_argument("x, y: got [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) + "] and [" +
                                     std::to_string(y.rows) + ", " + std::to_string(y.cols) +
                                     "]; accepted are [n, d] and [m, d], n, m and d at least 1");
-    return {dtype_from(dtype),           product_from(product),       x, y, scale, bias, diag_offset,
+    const DType of = dtype_from(dtype);
+    const double scale_value = scale ? get(scale, of) : 1, bias_value = bias ? get(bias, of) : 0;
+    return {of, product_from(product), x, y, scale_value, bias_value, diag_offset,
             pointer<std::int32_t>(row_ids), pointer<std::int32_t>(col_ids), ignores_same_ids};
 }
 
@@ -76,6 +92,17 @@ bool signalled() {
 
 // Of the process, in which Python's signal handlers run unless another program has Python in it.
 bool in_main_thread() { return syscall(SYS_gettid) == getpid(); }
+
+// Where a pass puts its gradients; dscale and dbias are 0-D tensors of the type that adds features up.
+struct Outputs {
+    Gradients gradients;
+    Address dscale, dbias;
+
+    void put_scalars(const Scalars& scalars, DType dtype) const {
+        put(scalars.dscale, dscale, dtype);
+        put(scalars.dbias, dbias, dtype);
+    }
+};
 
 // Runs a pass without Python's lock; its errors become Python's.
 template <class Pass>
@@ -100,8 +127,8 @@ void bind_nouns(py::module_& module) {
         .def(py::init(&make_matrix), "data"_a, "rows"_a, "cols"_a, "row_stride"_a, "col_stride"_a,
              "factors"_a = 0);
     py::class_<Block>(module, "Block")
-        .def(py::init(&make_block), py::kw_only(), "dtype"_a, "product"_a, "x"_a, "y"_a, "scale"_a = 1.0,
-             "bias"_a = 0.0, "diag_offset"_a = 0, "row_ids"_a = 0, "col_ids"_a = 0, "ignores_same_ids"_a = true);
+        .def(py::init(&make_block), "dtype"_a, "product"_a, "x"_a, "y"_a, "scale"_a = 0,
+             "bias"_a = 0, "diag_offset"_a = 0, "row_ids"_a = 0, "col_ids"_a = 0, "ignores_same_ids"_a = true);
     py::class_<Matches>(module, "Matches").def(py::init([](Address rows, Address cols) {
         return Matches{pointer<double>(rows), pointer<double>(cols)};
     }), "rows"_a = 0, "cols"_a = 0);
@@ -118,11 +145,11 @@ void bind_nouns(py::module_& module) {
              "row_target"_a = 0, "col_target"_a = 0, "kept"_a = 0);
     module.attr("KEPT_HEAD") = kKeptHead;
     module.attr("KEPT_PADDING") = kKeptPadding;
-    py::class_<Gradients>(module, "Gradients")
-        .def(py::init([](Address dx, Address dy, const std::string& dtype) {
-                 return Gradients{pointer<void>(dx), pointer<void>(dy), dtype_from(dtype)};
+    py::class_<Outputs>(module, "Gradients")
+        .def(py::init([](Address dx, Address dy, const std::string& dtype, Address dscale, Address dbias) {
+                 return Outputs{{pointer<void>(dx), pointer<void>(dy), dtype_from(dtype)}, dscale, dbias};
              }),
-             "dx"_a, "dy"_a, "dtype"_a);
+             "dx"_a, "dy"_a, "dtype"_a, "dscale"_a, "dbias"_a = 0);
     py::class_<Crosses>(module, "Crosses").def(py::init([](Address rows, Address cols) {
         return Crosses{pointer<double>(rows), pointer<double>(cols)};
     }), "rows"_a, "cols"_a);
@@ -138,30 +165,35 @@ void bind_passes(py::module_& module) {
         const Kernels& kernels = kernels_named(isa);
         run(block, threads, [&](const Execution& with) { kernels.matches(block, with, out); });
     });
-    module.def("backward", [](const std::string& isa, const Block& block, const Weights& weights, const Gradients& out,
+    module.def("backward", [](const std::string& isa, const Block& block, const Weights& weights, const Outputs& out,
                               int threads) {
         const Kernels& kernels = kernels_named(isa);
-        return run(block, threads,
-                   [&](const Execution& with) { return kernels.backward(block, with, weights, out).dscale; });
+        const Scalars scalars = run(block, threads, [&](const Execution& with) {
+            return kernels.backward(block, with, weights, out.gradients);
+        });
+        out.put_scalars(scalars, block.dtype);
     });
     module.def("sigmoid", [](const std::string& isa, const Block& block, double unit, Address row_loss,
-                             const std::optional<Gradients>& out, int threads) {
+                             const std::optional<Outputs>& given, int threads) {
         const Kernels& kernels = kernels_named(isa);
+        const Outputs out = given.value_or(Outputs{});
         const Scalars scalars = run(block, threads, [&](const Execution& with) {
-            return kernels.sigmoid(block, with, unit, pointer<double>(row_loss), out.value_or(Gradients{}));
+            return kernels.sigmoid(block, with, unit, pointer<double>(row_loss), out.gradients);
         });
-        return py::make_tuple(scalars.dscale, scalars.dbias);
+        out.put_scalars(scalars, block.dtype);
+        return scalars.dbias;
     });
     module.def("distillation", [](const std::string& isa, const Block& block, const Weights& weights,
                                   const Block& teacher, const Weights& teacher_weights, const Crosses& crosses,
-                                  const std::optional<Gradients>& out, int threads) {
+                                  const std::optional<Outputs>& given, int threads) {
         const Kernels& kernels = kernels_named(isa);
+        const Outputs out = given.value_or(Outputs{});
         if (teacher.dtype != block.dtype || teacher.n() != block.n() || teacher.m() != block.m())
             throw std::invalid_argument("teacher: has another dtype, n or m than the block");
-        return run(block, threads, [&](const Execution& with) {
-            const Gradients gradients = out.value_or(Gradients{});
-            return kernels.distillation(block, with, weights, teacher, teacher_weights, crosses, gradients).dscale;
+        const Scalars scalars = run(block, threads, [&](const Execution& with) {
+            return kernels.distillation(block, with, weights, teacher, teacher_weights, crosses, out.gradients);
         });
+        out.put_scalars(scalars, block.dtype);
     });
     module.def(
         "workspace_bytes",
@@ -174,27 +206,31 @@ void bind_passes(py::module_& module) {
 }
 
 void bind_cross_entropy(py::module_& module) {
-    // The loss and its gradients at once: loss, dscale and dbias.
-    module.def("symmetric", [](const std::string& isa, const Block& block, const Gradients& out, int threads) {
+    // The loss and its gradients at once.
+    module.def("symmetric", [](const std::string& isa, const Block& block, Address loss, const Outputs& out,
+                               int threads) {
         const Kernels& kernels = kernels_named(isa);
         const Scalars scalars =
-            run(block, threads, [&](const Execution& with) { return kernels.symmetric(block, with, out); });
-        return py::make_tuple(scalars.loss, scalars.dscale, scalars.dbias);
+            run(block, threads, [&](const Execution& with) { return kernels.symmetric(block, with, out.gradients); });
+        put(scalars.loss, loss, block.dtype);
+        out.put_scalars(scalars, block.dtype);
     });
-    module.def("symmetric_cross_entropy", [](Address row_lse, Address col_lse, Address positive, index_t n) {
+    module.def("symmetric_cross_entropy", [](Address row_lse, Address col_lse, Address positive, index_t n, Address loss,
+                                             const std::string& dtype) {
         const Statistics statistics{pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive)};
-        return symmetric_cross_entropy(statistics, n);
+        put(symmetric_cross_entropy(statistics, n), loss, dtype_from(dtype));
     });
-    // The gradients of the symmetric loss, times `gradient`, from the statistics that `forward` gave; dscale and dbias.
+    // The gradients of the symmetric loss, times `gradient`, from the statistics that `forward` gave.
     module.def("symmetric_gradients", [](const std::string& isa, const Block& block, const Statistics& statistics,
-                                         double gradient, const Gradients& out, int threads) {
+                                         double gradient, const Outputs& out, int threads) {
         const Kernels& kernels = kernels_named(isa);
         SymmetricCrossEntropy loss(statistics, block.n(), block.m());
         const double dbias = loss.differentiate(gradient).dbias;
-        const double dscale = run(block, threads, [&](const Execution& with) {
-            return kernels.backward(block, with, loss.weights(), out).dscale;
+        Scalars scalars = run(block, threads, [&](const Execution& with) {
+            return kernels.backward(block, with, loss.weights(), out.gradients);
         });
-        return py::make_tuple(dscale, dbias);
+        scalars.dbias = dbias;
+        out.put_scalars(scalars, block.dtype);
     });
 }
 
@@ -211,6 +247,7 @@ PYBIND11_MODULE(_cpu, module) {
     bind_nouns(module);
     bind_passes(module);
     bind_cross_entropy(module);
+    module.def("getenv", [](const char* name) -> const char* { return std::getenv(name); });
     module.def("release_workspace", &Buffer::release);
     module.def("multiply_adds", [](const std::string& isa, const std::string& dtype, index_t rounds) {
         const Kernels& kernels = kernels_named(isa);

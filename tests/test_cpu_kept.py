@@ -101,6 +101,48 @@ def test_gradients_that_come_with_the_loss_are_scaled(dtype: torch.dtype, upstre
         assert (a - b).norm() <= 2 * torch.finfo(a.dtype).eps * b.norm() if upstream == 1 / 3 else torch.equal(a, b)
 
 
+def test_a_gradient_of_one_is_not_multiplied_and_a_kept_graph_gives_copies() -> None:
+    """What was formed is given away where nothing looks at it again; else it may be changed in place."""
+    x, y = (t.requires_grad_() for t in features("trained", 70, 90, 33))
+    expected = torch.autograd.grad(clipfast.contrastive_loss(x, y, 14.3), (x, y))
+    loss = clipfast.contrastive_loss(x, y, 14.3)
+    for _ in range(2):
+        got = torch.autograd.grad(loss, (x, y), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        for gradient in got:
+            gradient.zero_()
+    loss.backward()
+    formed = x.grad
+    assert formed is not None
+    assert torch.equal(formed, expected[0])
+    clipfast.contrastive_loss(x, y, 14.3).backward()
+    assert x.grad is formed
+    assert torch.equal(formed, 2 * expected[0])
+
+
+def test_the_environment_is_asked_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the same call was settled before."""
+    x, y = (t.requires_grad_() for t in features("trained", 70, 90, 33))
+
+    def saved() -> int:
+        with SavedStorages() as storages:
+            clipfast.contrastive_loss(x, y, 14.3, label_smoothing=0.1)
+        return max(storages.sizes.values())
+
+    kept = bytes_kept(70, 90, torch.float32)
+    assert saved() == kept
+    monkeypatch.setenv("CLIPFAST_KEEP_BYTES", "0")
+    assert saved() < kept
+    monkeypatch.setenv("CLIPFAST_KEEP_BYTES", "many")
+    with pytest.raises(ValueError, match="CLIPFAST_KEEP_BYTES: got 'many'"):
+        saved()
+    monkeypatch.delenv("CLIPFAST_KEEP_BYTES")
+    assert saved() == kept
+    monkeypatch.setenv("CLIPFAST_BACKEND", "nothing")
+    with pytest.raises(ValueError, match="CLIPFAST_BACKEND: 'nothing' is unknown"):
+        saved()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, y = (t.requires_grad_() for t in features("trained", 5, 7, 4, dtype))

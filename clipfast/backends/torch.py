@@ -284,7 +284,8 @@ def _chunks(block: Block) -> Iterator[tuple[slice, Block]]:
 def _logits(rows: Block, out: Tensor | None = None) -> Tensor:  # [rows, m]
     x = rows.x.to(rows.y.dtype)
     product = torch.mm(x, rows.y.T, out=out) if x.dtype == rows.scale.dtype else summed(x, rows.y.T)
-    return torch.mul(product, rows.scale, out=product if out is None else out).add_(rows.bias)
+    logits = torch.mul(product, rows.scale, out=product if out is None else out)
+    return logits if rows.bias is None else logits.add_(rows.bias)
 
 
 def _same(rows: Block) -> Tensor | None:  # [rows, m]

@@ -18,6 +18,7 @@ from clipfast.problem import DISTILLATION, IDS, SIGMOID, Problem
 
 NAME = "triton"
 
+INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 MIN_TRITON = (3, 5)
 MIN_CAPABILITY = (8, 0)
 ROCM_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950")
@@ -192,7 +193,7 @@ def _rocm_architecture(device: torch.device) -> str:
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+    return os.environ.get(INTERPRETER_VARIABLE, "0").lower() in ("1", "true", "yes", "on")
 
 
 def _dotted(version: tuple[int, ...]) -> str:
