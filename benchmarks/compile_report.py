@@ -178,7 +178,9 @@ def cases(architectures: Sequence[str] = tuple(DEVICES), plain: bool = False) ->
         if not plain:
             # What has a bar has one without norms, too.
             found += [Case(config, *kind, option=o) for o in options for kind in kinds if (config.kernel, o) in BARS]
-            found += [Case(config, *kind, True, WIDTHS[any_rows], option) for option in options for kind in kinds]
+            for option in options:
+                shipped = tuning.without_products(config) if option == "kept" else config
+                found += [Case(shipped, *kind, True, WIDTHS[any_rows], option) for kind in kinds]
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import torch
@@ -173,6 +173,11 @@ def choose(kernel: str, device: Device, itemsize: int, d: int, aligned_rows: boo
     raise LookupError(f"no configuration of the {kernel} kernel for {device}: {rejected}")
 
 
+def without_products(config: Config) -> Config:
+    """For products that were kept: each of more warps holds less, where Triton below 3.9 spills."""
+    return replace(config, num_warps=8) if triton_version() < (3, 9) else config
+
+
 @functools.lru_cache(maxsize=1024)
 def program_grid(n: int, m: int, config: Config, processors: int) -> tuple[int, int]:
     """How many programs share the rows and the columns, (programs_m, programs_n).
@@ -242,13 +247,15 @@ def float32_product(device: Device) -> str:
     return "bf16" if precision == "medium" else "tf32"
 
 
+# Where the first of a device's is for Triton 3.9 on, an older one spills it: the next holds fewer numbers per thread.
 CONFIGS: tuple[Config, ...] = (
     Config("statistics", "sm_80", 2, 128, 128, 32, 8, 4, aligned=True),
     Config("statistics", "sm_80", 2, 128, 64, 32, 8, 4),
     Config("gradient", "sm_80", 2, 128, 64, 32, 8, 4),
     Config("accumulate", "sm_80", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("ranks", "sm_80", 2, 128, 64, 32, 8, 3),
-    Config("kept", "sm_80", 2, 128, 64, 32, 8, 3),
+    Config("kept", "sm_80", 2, 128, 64, 32, 8, 3, min_triton=(3, 9)),
+    Config("kept", "sm_80", 2, 128, 32, 32, 8, 3),
     Config("sigmoid", "sm_80", 2, 128, 128, 32, 8, 3),
     Config("distillation", "sm_80", 2, 128, 64, 32, 8, 2, aligned=True),
     Config("distillation", "sm_80", 2, 64, 64, 32, 8, 3),
@@ -258,7 +265,8 @@ CONFIGS: tuple[Config, ...] = (
     Config("accumulate", "sm_80", 4, 64, 32, 32, 8, 1, block_out=64),
     Config("ranks", "sm_80", 4, 128, 32, 32, 8, 3),
     Config("kept", "sm_80", 4, 32, 64, 32, 8, 3),
-    Config("sigmoid", "sm_80", 4, 128, 64, 32, 8, 3),
+    Config("sigmoid", "sm_80", 4, 128, 64, 32, 8, 3, min_triton=(3, 9)),
+    Config("sigmoid", "sm_80", 4, 64, 64, 32, 8, 3),
     Config("distillation", "sm_80", 4, 64, 32, 32, 8, 2),
     Config("projection", "sm_80", 4, 64, 64, 32, 8, 3),
     Config("statistics", "sm_90", 2, 128, 128, 64, 4, 3, tma=True, per_processor=2, min_triton=(3, 9)),
@@ -286,14 +294,17 @@ CONFIGS: tuple[Config, ...] = (
     Config("accumulate", "sm_90", 4, 64, 64, 32, 8, 1, block_out=64),
     Config("ranks", "sm_90", 4, 64, 32, 32, 8, 3),
     Config("kept", "sm_90", 4, 64, 64, 32, 8, 2),
-    Config("sigmoid", "sm_90", 4, 128, 64, 32, 8, 3),
+    Config("sigmoid", "sm_90", 4, 128, 64, 32, 8, 3, min_triton=(3, 9)),
+    Config("sigmoid", "sm_90", 4, 128, 64, 16, 8, 4),
     Config("distillation", "sm_90", 4, 64, 32, 32, 8, 2),
-    Config("projection", "sm_90", 4, 64, 64, 32, 8, 3),
+    Config("projection", "sm_90", 4, 64, 64, 32, 8, 3, min_triton=(3, 9)),
+    Config("projection", "sm_90", 4, 64, 64, 32, 8, 2),
     Config("statistics", "sm_100", 2, 128, 64, 64, 8, 4, tma=True),
     Config("statistics", "sm_100", 2, 128, 64, 32, 8, 3),
     Config("gradient", "sm_100", 2, 128, 128, 64, 8, 3, tma=True),
     Config("gradient", "sm_100", 2, 128, 64, 64, 8, 3),
-    Config("accumulate", "sm_100", 2, 64, 64, 64, 8, 2, block_out=256),
+    Config("accumulate", "sm_100", 2, 64, 64, 64, 8, 2, block_out=256, min_triton=(3, 9)),
+    Config("accumulate", "sm_100", 2, 64, 64, 64, 8, 2, block_out=128),
     Config("ranks", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
     Config("ranks", "sm_100", 2, 64, 64, 64, 8, 3),
     Config("kept", "sm_100", 2, 128, 64, 64, 8, 3, tma=True),
@@ -308,7 +319,8 @@ CONFIGS: tuple[Config, ...] = (
     Config("accumulate", "sm_100", 4, 64, 64, 16, 8, 1, block_out=64),
     Config("ranks", "sm_100", 4, 64, 32, 32, 8, 3),
     Config("kept", "sm_100", 4, 64, 32, 32, 8, 3),
-    Config("sigmoid", "sm_100", 4, 128, 64, 32, 8, 3),
+    Config("sigmoid", "sm_100", 4, 128, 64, 32, 8, 3, min_triton=(3, 9)),
+    Config("sigmoid", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("distillation", "sm_100", 4, 64, 32, 32, 8, 2),
     Config("projection", "sm_100", 4, 64, 64, 32, 8, 3),
     Config("statistics", "gfx942", 2, 128, 64, 32, 8, 2),

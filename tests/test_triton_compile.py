@@ -67,13 +67,14 @@ def test_every_configuration_of_the_family_may_ship() -> None:
 @pytest.mark.skipif(tuning.triton_version() >= (3, 9), reason="compiled with all others")
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("kernel", ["ranks", "sigmoid", "distillation"])
-def test_halves_of_the_family_may_ship_with_an_older_triton(kernel: str, architecture: str) -> None:
-    """Also what takes the place of a first configuration that it spills."""
+def test_the_family_may_ship_with_an_older_triton(kernel: str, architecture: str) -> None:
+    """Also what takes the place of a first configuration that it spills; of either kind of float32, what holds most."""
     faults = in_a_process(
         "from benchmarks import compile_report as r\n"
         "if __name__ == '__main__':\n"
         f"    chosen = [c for c in r.cases(['{architecture}']) if c.config.kernel == '{kernel}']\n"
-        "    rows = [r.compile_case(case) for case in chosen if case.config.itemsize == 2]\n"
+        "    most = [case for case in chosen if case.config.itemsize == 2 or case.d == r.WIDTHS[1]]\n"
+        "    rows = [r.compile_case(case) for case in most if case.option != 'positive' or case.config.itemsize == 2]\n"
         "    print([str(row) for row in rows if row.fault])"
     )
     assert faults == "[]\n"

@@ -142,6 +142,8 @@ class Pass:
         """H a chunk at a time, which the vendor's product uses."""
         x, block = self.operands.x, self.block
         config = config or self.operands.choose("gradient")
+        if self.weights.kept is not None:
+            config = tuning.without_products(config)
         shape = tuning.chunk_shape(block.n, block.m, x.dtype.itemsize, workspace)
         programs = tuning.persistent_programs(*shape, config, tuning.describe(x.device).processors)
         dscale = x.new_zeros(programs, dtype=torch.float64)

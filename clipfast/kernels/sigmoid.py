@@ -108,21 +108,26 @@ def plain_part(
     ROW_WARPS: tl.constexpr,
 ):
     """H of negatives whose products stay small, the rows' products, and the sums of G and of G z."""
+    # All by quarters up to H: of factors that multiply H at once, Triton 3.6 makes a layout with every row in a thread.
+    za, zb, zc, zd = quarters(z, BLOCK_M, WIDTH)
     if factors is None:
-        e = tl.exp2(z * scale2 + bias2)
+        a, b = tl.exp2(za * scale2 + bias2), tl.exp2(zb * scale2 + bias2)
+        c, d = tl.exp2(zc * scale2 + bias2), tl.exp2(zd * scale2 + bias2)
     else:
-        col_factor = tl.load(factors[1] + col + tl.arange(0, WIDTH))[None, :]
-        e = tl.exp2(z * (row_factor * scale2)[:, None] * col_factor + bias2)
-    a, b, c, d = quarters(e, BLOCK_M, WIDTH)
+        QUARTER: tl.constexpr = WIDTH // 4
+        col_factors = factors[1] + col + tl.arange(0, QUARTER)
+        fa, fb = tl.load(col_factors)[None, :], tl.load(col_factors + QUARTER)[None, :]
+        fc, fd = tl.load(col_factors + 2 * QUARTER)[None, :], tl.load(col_factors + 3 * QUARTER)[None, :]
+        row_scale2 = (row_factor * scale2)[:, None]
+        a, b = tl.exp2(za * row_scale2 * fa + bias2), tl.exp2(zb * row_scale2 * fb + bias2)
+        c, d = tl.exp2(zc * row_scale2 * fc + bias2), tl.exp2(zd * row_scale2 * fd + bias2)
     a, b, c, d, q = four_sigmoids(a, b, c, d)
     sum_g = thread_sums((a + b) + (c + d), BLOCK_M, WIDTH // 4, ROW_WARPS)
-    h = of_quarters(a, b, c, d, BLOCK_M, WIDTH)
     if factors is not None:
-        h = h * row_factor[:, None] * col_factor
-    # By quarters again: a sum over all columns would go in their order, and wait for each quarter's products.
-    a, b, c, d = quarters(h, BLOCK_M, WIDTH)
-    of_a, of_b, of_c, of_d = quarters(z, BLOCK_M, WIDTH)
-    sum_gz = thread_sums(a * of_a + b * of_b + c * of_c + d * of_d, BLOCK_M, WIDTH // 4, ROW_WARPS)
+        row_factor = row_factor[:, None]
+        a, b, c, d = a * row_factor * fa, b * row_factor * fb, c * row_factor * fc, d * row_factor * fd
+    sum_gz = thread_sums(a * za + b * zb + c * zc + d * zd, BLOCK_M, WIDTH // 4, ROW_WARPS)
+    h = of_quarters(a, b, c, d, BLOCK_M, WIDTH)
     if h_ptr is not None:
         h = as_stored(h, h_ptr)
     return h, row_product(q, BLOCK_M, ROW_WARPS), sum_g, sum_gz
