@@ -38,8 +38,8 @@ class Distillation : public Objective {
     void begin(Team& team) {
         rows_.round(team, in_.row_lse, in_.row_weight, chunks_.n);
         cols_.round(team, in_.col_lse, in_.col_weight, chunks_.m);
-        teacher_rows_.round(team, teacher_in_.row_lse, nullptr, chunks_.n);
-        teacher_cols_.round(team, teacher_in_.col_lse, nullptr, chunks_.m);
+        teacher_rows_.round(team, teacher_in_.row_lse, teacher_in_.row_weight, chunks_.n, false);
+        teacher_cols_.round(team, teacher_in_.col_lse, teacher_in_.col_weight, chunks_.m, false);
         col_cross_.fill(0);
     }
     void begin_rows(Team& team, index_t first, index_t rows) {

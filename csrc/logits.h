@@ -122,9 +122,14 @@ class Logits {
   public:
     explicit Logits(const Block& block)
         : d_(block.d()),
-          scale2_(T(std::clamp(block.scale * kLog2e, -double(kLargest), double(kLargest)))),
-          scale2_rest_(T(block.scale * kLog2e - double(scale2_))),
-          bias2_(T(block.bias * kLog2e)) {}
+          exact_scale2_(std::clamp(block.scale * kLog2e, -double(kLargest), double(kLargest))),
+          scale2_(T(exact_scale2_)),
+          bias2_(T(block.bias * kLog2e)) {
+        // Both parts have one sign and the rest is not 0, or an infinite product would become NaN.
+        if (std::fabs(double(scale2_)) > std::fabs(exact_scale2_)) scale2_ = std::nextafter(scale2_, T(0));
+        scale2_rest_ = T(block.scale * kLog2e - double(scale2_));
+        if (scale2_rest_ == 0 && scale2_ != 0) scale2_rest_ = std::copysign(std::numeric_limits<T>::min(), scale2_);
+    }
 
     // The group's logits of packed rows of x and a packed panel of y, and their range.
     template <int NV>
@@ -169,7 +174,7 @@ class Logits {
     T bias() const { return bias2_; }
 
     // x y^T of a sum of logit - bias.
-    double product(double sum) const { return sum / double(scale2_); }
+    double product(double sum) const { return sum / exact_scale2_; }
 
   private:
     // Of all the group's logits, or of those in the sums where these are fewer.
@@ -193,6 +198,7 @@ class Logits {
     }
 
     index_t d_;
+    double exact_scale2_;
     T scale2_, scale2_rest_, bias2_;  // the rest keeps the rounding of scale2 from shifting every logit
 };
 

@@ -212,11 +212,11 @@ struct Side {
     T *lse = nullptr, *weight = nullptr;
 
     void place(Buffer& memory, index_t count) { lse = memory.take<T>(count), weight = memory.take<T>(count); }
-    // Without weights all are 1.
-    void round(Team& team, const double* exact_lse, const double* exact_weight, index_t count) {
+    // Without `weighted` all weights but 0 are 1.
+    void round(Team& team, const double* exact_lse, const double* exact_weight, index_t count, bool weighted = true) {
         team.for_each(ceil_div(count, kBlockRows), [&](int, index_t task) {
             for (index_t i = task * kBlockRows; i < std::min(count, (task + 1) * kBlockRows); ++i) {
-                const double w = exact_weight ? exact_weight[i] : 1;
+                const double w = weighted || exact_weight[i] == 0 ? exact_weight[i] : 1;
                 lse[i] = w == 0 ? std::numeric_limits<T>::infinity() : T(exact_lse[i] * kLog2e);
                 // Beyond any rounding of a meaningful logit it is float64's own rounding of a huge one.
                 const double gap = double(lse[i]) / kLog2e - exact_lse[i];

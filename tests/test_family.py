@@ -292,6 +292,27 @@ def test_distillation_from_itself_has_no_gradient(backend: str) -> None:
         assert leaf.grad.abs().max() <= 1e-6
 
 
+@pytest.mark.needs("distillation")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["x", "y", "extra", "teacher x", "teacher y", "teacher extra"])
+@pytest.mark.parametrize("kind", ["random", "positive"])
+def test_distillation_takes_what_is_not_finite_as_the_dense_formula(
+    backend: str, kind: str, place: str, value: float
+) -> None:
+    """Where all features are positive an infinite one makes logits of one sign, and most numbers stay finite."""
+    x, y, *teacher = (t if kind == "random" else t.abs() for d in (8, 12) for t in features("random", 20, 23, d))
+    of_x, of_y = teacher if place.startswith("teacher") else (x, y)
+    {"x": of_x[1], "y": of_y[1], "extra": of_y[21]}[place.removeprefix("teacher ")][3] = value
+    dense, got = (
+        evaluate(lambda x, y, s, b, loss=loss: loss(x, y, s, *teacher, 20.0) + 0 * b, x, y, 14.3)
+        for loss in (reference.distillation_loss, functools.partial(clipfast.distillation_loss, backend=backend))
+    )
+    for name in ("loss", "dx", "dy", "dscale"):
+        expected, actual = getattr(dense, name), getattr(got, name)
+        assert torch.equal(actual.isnan(), expected.isnan()), name
+        assert torch.equal(actual.isinf(), expected.isinf()), name
+
+
 @pytest.mark.parametrize("weights", [None, (1.0, 0.5, 0.25)])
 def test_matryoshka(backend: str, weights: tuple[float, ...] | None) -> None:
     dims = (4, 12, 24)

@@ -62,7 +62,8 @@ def centre_and_weight(lse, weight, scale, bias):
     no_scale = tl.abs(scale) < SMALLEST_SCALE
     centre = tl.where(no_scale, 0.0, (lse - bias) / scale)
     centre = tl.minimum(tl.maximum(centre, -LARGEST), LARGEST).to(tl.float32)
-    gap = centre.to(tl.float64) * scale + bias - lse
+    # NaN for an infinite lse, as the softmaxes of an infinite logit are.
+    gap = centre.to(tl.float64) * scale + bias - lse + (lse - lse)
     # Beyond any rounding of a meaningful logit it is float64's own rounding of a huge one.
     limit = tl.where(no_scale, INFINITY, 64.0)
     gap = tl.where((tl.abs(gap) > limit) & (tl.abs(centre) < LARGEST), 0.0, gap)
