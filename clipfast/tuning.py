@@ -298,7 +298,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("sigmoid", "sm_90", 4, 128, 64, 16, 8, 4),
     Config("distillation", "sm_90", 4, 64, 32, 32, 8, 2),
     Config("projection", "sm_90", 4, 64, 64, 32, 8, 3, min_triton=(3, 9)),
-    Config("projection", "sm_90", 4, 64, 64, 32, 8, 2),
+    Config("projection", "sm_90", 4, 64, 64, 16, 8, 2),
     Config("statistics", "sm_100", 2, 128, 64, 64, 8, 4, tma=True),
     Config("statistics", "sm_100", 2, 128, 64, 32, 8, 3),
     Config("gradient", "sm_100", 2, 128, 128, 64, 8, 3, tma=True),
