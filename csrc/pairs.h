@@ -130,20 +130,19 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
         }
 
         template <int NV>
-        void add_rows(index_t row, index_t k, index_t terms, const Operand* y, index_t capacity, float* c, index_t ldc,
-                      index_t rows, index_t cols) const {
+        void add_rows(index_t row, index_t k, index_t terms, const Operand* y, index_t capacity,
+                      const TileSums<float>& to) const {
             const Operand* g = by_rows_ + at_row(k / kWidth, 0, row);
             add_product<NV, kWidth / 2>(ceil_div(terms, kWidth), kWidth / 2, g, at_row(1, 0, 0), at_row(0, 1, 0),
-                                        y + k / 2 * NV * W, capacity / 2 * NV * W, c, ldc, rows, cols);
+                                        y + k / 2 * NV * W, capacity / 2 * NV * W, to);
         }
 
         template <int NV>
-        void add_cols(index_t col, index_t k, index_t terms, const Operand* x, index_t capacity, float* c, index_t ldc,
-                      index_t rows, index_t cols) const {
+        void add_cols(index_t col, index_t k, index_t terms, const Operand* x, index_t capacity,
+                      const TileSums<float>& to) const {
             const Operand* g = by_cols_ + at_col(col / kWidth, 0, k, col % kWidth);
             add_product<NV, kGroup / 2>(ceil_div(terms, kGroup), kGroup / 2, g, at_col(0, 0, kGroup, 0),
-                                        at_col(0, 1, 0, 0), x + k / 2 * NV * W, capacity / 2 * NV * W, c, ldc, rows,
-                                        cols);
+                                        at_col(0, 1, 0, 0), x + k / 2 * NV * W, capacity / 2 * NV * W, to);
         }
 
       private:
@@ -239,11 +238,10 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
 
     template <int NV, index_t kARow>
     CLIPFAST_NOINLINE static void add_product(index_t runs, index_t pairs, const Operand* a, index_t a_run,
-                                              index_t a_part, const Operand* b, index_t b_part, float* c, index_t ldc,
-                                              index_t rows, index_t cols) {
-        multiply<NV, kARow>(runs, pairs, a, a_run, a_part, b, b_part, [&](const V (&sum)[kRows][NV]) {
-            Shape::template add_tile<NV>(sum, c, ldc, rows, cols);
-        });
+                                              index_t a_part, const Operand* b, index_t b_part,
+                                              const TileSums<float>& to) {
+        multiply<NV, kARow>(runs, pairs, a, a_run, a_part, b, b_part,
+                            [&](const V (&sum)[kRows][NV]) { Shape::template add_tile<NV>(sum, to); });
     }
 };
 

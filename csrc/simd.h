@@ -86,7 +86,19 @@ struct Lanes {
         return a.factors ? elements * static_cast<const T*>(a.factors)[row] : elements;
     }
 
+    // The first or the second half of v in float64: GCC keeps vectors that are longer than a register in memory.
+    using Doubles = Vector<double, W / 2>;
+    template <int h>
+    static CLIPFAST_INLINE Doubles half(V v) {
+        return half_of<h>(v, std::make_integer_sequence<int, W / 2>{});
+    }
+
   private:
+    template <int h, int... L>
+    static CLIPFAST_INLINE Doubles half_of(V v, std::integer_sequence<int, L...>) {
+        return __builtin_convertvector(__builtin_shufflevector(v, v, (h * W / 2 + L)...), Doubles);
+    }
+
     using Bits = Vector<std::uint32_t, W>;
     using HalfBits = Vector<std::uint16_t, W>;
 

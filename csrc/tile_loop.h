@@ -23,9 +23,9 @@ class Kernel {
     using V = typename Tiles::V;
     using Operand = typename Tiles::Operand;
     using Gradient = typename Tiles::Gradient;
+    using Doubles = typename Tiles::Doubles;
     static constexpr int W = Tiles::W, kRows = Tiles::kRows;
     static constexpr index_t kWidth = Tiles::kWidth;
-    static constexpr index_t kBlockCols = kBlockRows / kWidth * kWidth;
     static constexpr bool kApart = !std::is_same_v<T, Element>;  // gradients are added up in T and rounded once
 
   public:
@@ -130,11 +130,9 @@ class Kernel {
         const index_t element = apart ? index_t{sizeof(Element)} : index_t{sizeof(T)};
         ask_for_huge_pages(out.dx, chunks_.n * d_ * element), ask_for_huge_pages(out.dy, chunks_.m * d_ * element);
         T* const dy = apart ? dy_apart_ : static_cast<T*>(out.dy);
-        clear(chunks_.m, dy);
         for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
             const index_t rows = std::min(chunks_.rows, chunks_.n - first);
             T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
-            clear(rows, dx);
             if (!kept) rows_.pack_left(team_, first, rows);
             pack_rows(block_.x, first, rows, Tiles::kRowStep, row_capacity_, x_rows_);
             objective.begin_rows(team_, first, rows);
@@ -144,7 +142,7 @@ class Kernel {
                 pack_rows(block_.y, column, cols, Tiles::kColStep, col_capacity_, y_rows_);
                 objective.begin_cols(team_, column, cols);
                 dscale += form_gradient(objective, kept, first, column);
-                add_products(rows, cols, dx, dy + column * d_);
+                add_products({dx, d_, rows, d_, column == 0}, {dy + column * d_, d_, cols, d_, first == 0});
             }
             objective.end_rows(team_, first, rows);
             if (apart) dscale += finish_dx(first, rows, dx, static_cast<Element*>(out.dx));
@@ -222,47 +220,42 @@ class Kernel {
         });
     }
 
-    void clear(index_t rows, T* gradient) {
-        team_.for_each(ceil_div(rows, kBlockRows), [&](int, index_t task) {
-            const index_t end = std::min(rows, (task + 1) * kBlockRows);
-            std::fill(gradient + task * kBlockRows * d_, gradient + end * d_, T(0));
-        });
-    }
-
-    // dx += G y and dy += G^T x for a chunk. A task has a block of rows of dx or dy, and a part of the d columns.
-    void add_products(index_t rows, index_t cols, T* dx, T* dy) {
+    // G y is added to dx and G^T x to dy for a chunk. A task has a block of rows of dx or dy, and a part of the d
+    // columns.
+    void add_products(const TileSums<T>& dx, const TileSums<T>& dy) {
         const index_t panels = ceil_div(d_, kWidth);
-        const index_t dx_blocks = ceil_div(rows, kBlockRows), dy_blocks = ceil_div(cols, kBlockCols);
+        const index_t dx_blocks = ceil_div(dx.rows, kBlockRows), dy_blocks = ceil_div(dy.rows, kBlockRows);
         const index_t share = ceil_div(panels, chunks_.parts(dx_blocks + dy_blocks, panels));
-        // The blocks of dy come first: they are larger.
         team_.for_each((dx_blocks + dy_blocks) * ceil_div(panels, share), [&](int, index_t task) {
             [[maybe_unused]] const typename Tiles::Session session;
             const index_t block = task % (dx_blocks + dy_blocks), part = task / (dx_blocks + dy_blocks);
             const index_t begin = part * share, end = std::min(panels, begin + share);
-            if (block < dy_blocks) add_to_dy(block * kBlockCols, rows, cols, begin, end, dy);
-            else add_to_dx((block - dy_blocks) * kBlockRows, rows, cols, begin, end, dx);
+            if (block < dy_blocks) add_to_dy(block * kBlockRows, dx.rows, begin, end, dy);
+            else add_to_dx((block - dy_blocks) * kBlockRows, dy.rows, begin, end, dx);
         });
     }
 
     // Rows of dx from `first` on, panels [begin, end) of their columns.
-    void add_to_dx(index_t first, index_t rows, index_t cols, index_t begin, index_t end, T* dx) {
-        const index_t last = std::min(rows, first + kBlockRows), depth = Tiles::depth(chunks_.m);
+    void add_to_dx(index_t first, index_t cols, index_t begin, index_t end, const TileSums<T>& dx) {
+        const index_t last = std::min(dx.rows, first + kBlockRows), depth = Tiles::depth(chunks_.m);
         for_terms(cols, depth, begin, end, [&](auto vectors, index_t k, index_t terms, index_t c, index_t count) {
             const Operand* y = y_rows_ + packed(col_capacity_, c);
-            for (index_t i = first; i < last; i += kRows)
-                gradient_.template add_rows<vectors.value>(i, k, terms, y, col_capacity_, dx + i * d_ + c, d_, last - i,
-                                                           count);
+            for (index_t i = first; i < last; i += kRows) {
+                const TileSums<T> to{dx.at + i * d_ + c, d_, last - i, count, dx.fresh && k == 0};
+                gradient_.template add_rows<vectors.value>(i, k, terms, y, col_capacity_, to);
+            }
         });
     }
 
     // The same of dy.
-    void add_to_dy(index_t first, index_t rows, index_t cols, index_t begin, index_t end, T* dy) {
-        const index_t last = std::min(cols, first + kBlockCols), depth = Tiles::depth(chunks_.n);
+    void add_to_dy(index_t first, index_t rows, index_t begin, index_t end, const TileSums<T>& dy) {
+        const index_t last = std::min(dy.rows, first + kBlockRows), depth = Tiles::depth(chunks_.n);
         for_terms(rows, depth, begin, end, [&](auto vectors, index_t k, index_t terms, index_t c, index_t count) {
             const Operand* x = x_rows_ + packed(row_capacity_, c);
-            for (index_t j = first; j < last; j += kRows)
-                gradient_.template add_cols<vectors.value>(j, k, terms, x, row_capacity_, dy + j * d_ + c, d_, last - j,
-                                                           count);
+            for (index_t j = first; j < last; j += kRows) {
+                const TileSums<T> to{dy.at + j * d_ + c, d_, last - j, count, dy.fresh && k == 0};
+                gradient_.template add_cols<vectors.value>(j, k, terms, x, row_capacity_, to);
+            }
         });
     }
 
@@ -313,15 +306,15 @@ class Kernel {
     // A row u = f a of length 1 has the gradient f (g - <g, u> u) by a, where the norm is not at its floor.
     template <class Out>
     double finish_row(const Matrix& a, index_t row, const T* products, Out* out) const {
-        using Double = Vector<double, W>;
-        Double sum = {};
+        Doubles sum[2] = {};
         for (index_t c = 0; c < d_; c += W) {
             const V product = Tiles::load_elements(products + c, 1, d_ - c);
             const V of_row = Tiles::template load_row<Element>(a, row, c, d_ - c);
-            sum += __builtin_convertvector(product, Double) * __builtin_convertvector(of_row, Double);
+            sum[0] += Tiles::template half<0>(product) * Tiles::template half<0>(of_row);
+            sum[1] += Tiles::template half<1>(product) * Tiles::template half<1>(of_row);
             if (!a.factors) Tiles::store_elements(out + c, scale_ * product, d_ - c);
         }
-        const double dot = reduce<double, W>(sum, [](auto p, auto q) { return p + q; });
+        const double dot = reduce<double, W / 2>(sum[0] + sum[1], [](auto p, auto q) { return p + q; });
         if (!a.factors) return dot;
         const T factor = static_cast<const T*>(a.factors)[row];
         const T along = double(factor) * kMinNorm < 1 - 1e-6 ? T(dot) : T(0);

@@ -26,6 +26,14 @@ struct Index {
     constexpr operator index_t() const { return at; }
 };
 
+// Sums in memory, [rows][stride], of which `cols` columns count. Fresh ones are not there yet.
+template <class T>
+struct TileSums {
+    T* at;
+    index_t stride, rows, cols;
+    bool fresh;
+};
+
 // A tile of kRows_ rows by kVectors_ vectors.
 template <class T, int W_, int kVectors_, int kRows_>
 struct TileShape : Lanes<T, W_> {
@@ -45,23 +53,26 @@ struct TileShape : Lanes<T, W_> {
         else visit(std::integral_constant<int, 1>{});
     }
 
-    // c += sum on `rows` rows and `cols` columns, as far as the tile goes.
+    // Adds a tile to the sums, as far as it goes.
     template <int NV>
-    static CLIPFAST_INLINE void add_tile(const V (&sum)[kRows][NV], T* c, index_t ldc, index_t rows, index_t cols) {
-        if (rows >= kRows && cols >= NV * W) {
+    static CLIPFAST_INLINE void add_tile(const V (&sum)[kRows][NV], const TileSums<T>& to) {
+        if (to.rows >= kRows && to.cols >= NV * W) {
 #pragma GCC unroll 16
             for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) {
-                    T* to = c + i * ldc + v * W;
-                    store_vector(to, load_vector<V>(to) + sum[i][v]);
+                    T* const at = to.at + i * to.stride + v * W;
+                    store_vector(at, to.fresh ? sum[i][v] : load_vector<V>(at) + sum[i][v]);
                 }
             return;
         }
         T tile[kRows][NV * W];
         std::memcpy(tile, sum, sizeof tile);
-        for (index_t i = 0; i < std::min<index_t>(rows, kRows); ++i)
-            for (index_t j = 0; j < std::min<index_t>(cols, NV * W); ++j) c[i * ldc + j] += tile[i][j];
+        for (index_t i = 0; i < std::min<index_t>(to.rows, kRows); ++i)
+            for (index_t j = 0; j < std::min<index_t>(to.cols, NV * W); ++j) {
+                T& at = to.at[i * to.stride + j];
+                at = to.fresh ? tile[i][j] : at + tile[i][j];
+            }
     }
 };
 
@@ -166,26 +177,24 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
         template <class Group>
         void keep(const Group&, index_t, index_t) const {}
 
-        // c += G y on G's rows [row, row + kRows) and columns [k, k + terms), k a multiple of kWidth. y is packed.
+        // G y of G's rows [row, row + kRows) and columns [k, k + terms), k a multiple of kWidth. y is packed.
         template <int NV>
-        void add_rows(index_t row, index_t k, index_t terms, const T* y, index_t, T* c, index_t ldc,
-                      index_t rows, index_t cols) const {
+        void add_rows(index_t row, index_t k, index_t terms, const T* y, index_t, TileSums<T> to) const {
             // Whole panels of G, then what is left.
             const index_t panel_size = rows_ * kWidth, whole = terms / kWidth * kWidth;
             const T* g = panels_ + k / kWidth * panel_size + row * kWidth;
             y += k * NV * W;
-            if (whole) add_product<NV, kWidth, 1>(whole / kWidth, kWidth, g, panel_size, y, c, ldc, rows, cols);
+            if (whole) add_product<NV, kWidth, 1>(whole / kWidth, kWidth, g, panel_size, y, to);
+            if (whole) to.fresh = false;
             if (whole < terms)
-                add_product<NV, kWidth, 1>(1, terms - whole, g + whole * rows_, 0, y + whole * NV * W, c, ldc, rows,
-                                           cols);
+                add_product<NV, kWidth, 1>(1, terms - whole, g + whole * rows_, 0, y + whole * NV * W, to);
         }
 
-        // c += G^T x on G's columns [col, col + kRows) and rows [k, k + terms). x is packed.
+        // G^T x of G's columns [col, col + kRows) and rows [k, k + terms). x is packed.
         template <int NV>
-        void add_cols(index_t col, index_t k, index_t terms, const T* x, index_t, T* c, index_t ldc,
-                      index_t rows, index_t cols) const {
+        void add_cols(index_t col, index_t k, index_t terms, const T* x, index_t, const TileSums<T>& to) const {
             const T* g = panels_ + (col / kWidth * rows_ + k) * kWidth + col % kWidth;
-            add_product<NV, 1, kWidth>(1, terms, g, 0, x + k * NV * W, c, ldc, rows, cols);
+            add_product<NV, 1, kWidth>(1, terms, g, 0, x + k * NV * W, to);
         }
 
       private:
@@ -220,11 +229,10 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
     }
 
     template <int NV, index_t kARow, index_t kACol>
-    CLIPFAST_NOINLINE static void add_product(index_t runs, index_t terms, const T* a, index_t a_run, const T* b, T* c,
-                                              index_t ldc, index_t rows, index_t cols) {
-        multiply<NV, kARow, kACol>(runs, terms, a, a_run, b, [&](const V (&sum)[kRows][NV]) {
-            Shape::template add_tile<NV>(sum, c, ldc, rows, cols);
-        });
+    CLIPFAST_NOINLINE static void add_product(index_t runs, index_t terms, const T* a, index_t a_run, const T* b,
+                                              const TileSums<T>& to) {
+        multiply<NV, kARow, kACol>(runs, terms, a, a_run, b,
+                                   [&](const V (&sum)[kRows][NV]) { Shape::template add_tile<NV>(sum, to); });
     }
 
     // out[r / Width][c][r % Width] = a[row + r][c] for r in [0, rows). Up to W rows more are written, with zeros.
@@ -239,15 +247,18 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
                                             : V{};
                 transpose<W>(block);
                 const index_t terms = std::min<index_t>(W, a.cols - c);
-                for (index_t k = 0; k < terms; ++k) {
-                    if constexpr (Width % W == 0) {
+                if constexpr (Width % W == 0) {
+                    for (index_t k = 0; k < terms; ++k)
                         store_vector(out + (r / Width * a.cols + c + k) * Width + r % Width, block[k]);
-                    } else {
-                        static_assert(W % Width == 0);
-                        T lanes[W];
-                        store_vector(lanes, block[k]);
-                        for (int l = 0; l < W; l += Width)
-                            std::memcpy(out + ((r + l) / Width * a.cols + c + k) * Width, lanes + l, Width * sizeof(T));
+                } else {
+                    static_assert(W == 2 * Width);
+                    T* const first = out + (r / Width * a.cols + c) * Width;
+                    T* const to[] = {first, first + a.cols * Width};
+#pragma GCC unroll 16
+                    for (index_t k = 0; k < W; k += 2) {  // two columns of either half lie side by side
+                        swap_blocks<Width, W>(block[k], block[k + 1], std::make_integer_sequence<int, W>{});
+                        for (int h = 0; h < 2; ++h)
+                            Lanes<T, W>::store_elements(to[h] + k * Width, block[k + h], (terms - k) * Width);
                     }
                 }
             }
