@@ -132,9 +132,9 @@ def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -
             raise TypeError(f"{name}: got a tensor of {value.dtype}; accepted is a real one")
         if value.numel() != 1:
             raise ValueError(f"{name}: got shape {shape(value)}; accepted is a single element")
-        if not value.ndim and value.dtype == dtype and value.device == device:
-            return value
-        return value.reshape(()).to(device=device, dtype=dtype)
+        if value.ndim or value.dtype != dtype or value.device != device:
+            value = value.reshape(()).to(device=device, dtype=dtype)
+        return plain(name, value)
     if isinstance(value, bool) or not isinstance(value, (float, Real)):  # the first is found sooner
         raise TypeError(f"{name}: got {type_name(value)}; accepted is a number or a tensor of one element")
     try:

@@ -121,9 +121,10 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
 
     // How many of `terms` terms to add up in registers. Equal terms round one way, so a sum of b of them may be off by
     // b / 4 units in the last place, and a sum of terms / b such sums by as many more: near 2 sqrt(terms) both are
-    // small.
+    // small. As many as for 1024 terms do not harm fewer, whose sums go to memory less often then.
     static index_t depth(index_t terms) {
-        return std::min(kDepth, round_up(index_t(2 * std::sqrt(double(terms))), kWidth));
+        const double near = 2 * std::sqrt(double(std::max<index_t>(terms, 1024)));
+        return std::min(kDepth, round_up(index_t(near), kWidth));
     }
 
     // visit(sum[kRows][NV]) with x y^T of kRows rows and a panel of NV vectors, both packed.

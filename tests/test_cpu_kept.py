@@ -14,6 +14,7 @@ import clipfast
 from benchmarks.environment import SavedStorages
 from clipfast import dispatch, operators
 from clipfast.backends import cpu
+from clipfast.problem import accumulation_dtype
 from clipfast.softmax import Options
 
 if not cpu.instruction_sets():
@@ -91,14 +92,20 @@ def test_explain_says_so() -> None:
 @pytest.mark.parametrize("upstream", [1.0, 0.25, 1 / 3, 65536.0, 0.0])
 def test_gradients_that_come_with_the_loss_are_scaled(dtype: torch.dtype, upstream: float) -> None:
     """A power of two changes no bit, another number rounds once more; float16 keeps small ones until they are scaled"""
-    x, y = (t.requires_grad_() for t in features("trained", 70, 90, 33, dtype))
-    scale = torch.tensor(14.3, requires_grad=True)
-    got, expected = (
-        torch.autograd.grad(upstream * clipfast.contrastive_loss(x, y, scale, keep_bytes=count), (x, y, scale))
-        for count in (None, 0)
-    )
-    for a, b in zip(got, expected, strict=True):
-        assert (a - b).norm() <= 2 * torch.finfo(a.dtype).eps * b.norm() if upstream == 1 / 3 else torch.equal(a, b)
+    inputs = [t.requires_grad_() for t in (*features("trained", 70, 90, 33, dtype), torch.tensor(14.3))]
+
+    def gradients(times: float, keep_bytes: int | None = None) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(times * clipfast.contrastive_loss(*inputs, keep_bytes=keep_bytes), inputs)
+
+    got = gradients(upstream)
+    if upstream != 1 / 3:
+        assert all(torch.equal(a, b) for a, b in zip(got, gradients(upstream, keep_bytes=0), strict=True))
+    elif dtype != torch.float16:
+        factor = torch.tensor(upstream, dtype=accumulation_dtype(dtype))
+        assert all(torch.equal(a, b * factor) for a, b in zip(got, gradients(1.0), strict=True))
+    else:
+        for a, b in zip(got, gradients(upstream, keep_bytes=0), strict=True):
+            assert (a - b).norm() <= 2 * torch.finfo(a.dtype).eps * b.norm()
 
 
 def test_a_gradient_of_one_is_not_multiplied_and_a_kept_graph_gives_copies() -> None:

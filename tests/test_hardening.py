@@ -76,6 +76,20 @@ def test_zero_tensors(backend: str, losses: tuple[Loss, Loss]) -> None:
         torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (got, exact)))
 
 
+@pytest.mark.parametrize(
+    "make", [lambda _: torch._efficientzerotensor(()), lambda v: torch._neg_view(torch.tensor(-v))]
+)
+def test_a_scale_and_a_bias_that_are_not_plain_memory(
+    backend: str, losses: tuple[Loss, Loss], make: Callable[[float], Tensor]
+) -> None:
+    x, y = features("random", 8, 8, 4)
+    x.requires_grad_()
+    got = losses[0](x, y, make(5.0), make(-1.0), backend=backend)
+    exact = losses[1](x, y, make(5.0).clone(), make(-1.0).clone())
+    torch.testing.assert_close(got, exact)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (got, exact)))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("make", [lambda t: torch._efficientzerotensor(t.shape), lambda t: torch._neg_view(-t)])
 def test_an_upstream_gradient_that_is_not_plain_memory(
