@@ -18,9 +18,10 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-// The largest spread, in log2 units, of logits whose exponentials are normal numbers with one shift.
+// The largest spread, in log2 units, of logits whose exponentials take one shift: they are normal numbers, and 2^20 that
+// are none any more are together below the rounding of the smallest.
 template <class T>
-constexpr T kMaxSpread = std::is_same_v<T, float> ? T(100) : T(900);
+constexpr T kMaxSpread = std::is_same_v<T, float> ? T(80) : T(900);
 
 // A group of logits in log2 units, [rows][kWidth] at s, of which `cols` columns count. Rows up to a multiple of kRows
 // may be written.

@@ -2,7 +2,8 @@
 //
 // One exponential serves both directions: with a shift k common to a group, e_ij = exp2(L_ij - k) gives its row sums
 // and its column sums. That is exact while the group's spread stays below kMaxSpread, for then the smallest e is a
-// normal number; a wider group takes separate shifts. Positives are left out of all sums.
+// normal number, and what else a sum loses where the shift is larger than its own is below its rounding; a wider group
+// takes separate shifts. Positives are left out of all sums.
 //
 // Included once per instruction set.
 #pragma once
@@ -33,8 +34,10 @@ struct Sums {
         constexpr T largest = std::numeric_limits<T>::max();
         return clamped(shift, V{} - largest, V{} + largest);
     }
+    // A sum of no terms comes with a shift that others have, maybe far above its own.
     CLIPFAST_INLINE void add(index_t slot, index_t at, V other_shift, V other_sum) {
         T *shifts = shift + slot * length + at, *sums = sum + slot * length + at;
+        other_shift = other_sum == 0 ? V{} + std::numeric_limits<T>::lowest() : other_shift;
         const V old = load_vector<V>(shifts), larger = maximum(old, other_shift);
         store_vector(sums, load_vector<V>(sums) * exp2<T, W>(old - larger) +
                                other_sum * exp2<T, W>(other_shift - larger));

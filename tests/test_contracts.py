@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import error, evaluate, features, ours, truth
+from oracle import assert_three_way, error, evaluate, features, ours, truth
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,6 +46,22 @@ def test_not_finite_input_comes_out_as_in_the_dense_formula(
         expected, actual = getattr(dense, name), getattr(got, name)
         assert torch.equal(actual.isnan(), expected.isnan()), name
         assert torch.equal(actual.isinf(), expected.isinf()), name
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 60.0), (torch.float64, 500.0)], ids=str)
+@pytest.mark.parametrize("of_column", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(97, 97), (193, 200)])
+def test_a_positive_alone_among_large_logits(
+    backend: str, n: int, m: int, of_column: bool, dtype: torch.dtype, scale: float
+) -> None:
+    """The last one, in a tile that has no negative of its row or column, and others' far above all of its own."""
+    x, y = (0.05 * torch.randn(rows, 8, dtype=dtype) for rows in (n, m))
+    a, b = (y, x) if of_column else (x, y)
+    a[:, 0] += 1
+    a[n - 1] += torch.tensor([-1, 1, 0, 0, 0, 0, 0, 0])
+    b[:, 1] -= 1
+    b[n - 1, 0] += 1
+    assert_three_way(x, y, scale, backend=backend)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

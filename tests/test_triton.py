@@ -73,6 +73,16 @@ def test_scales(scale: float, dtype: torch.dtype) -> None:
         case.check_backward(config=config, strategy=strategy)
 
 
+@pytest.mark.parametrize("of_column", [False, True])
+def test_a_shift_that_moves_far(of_column: bool) -> None:
+    """Sums below its normal exponentials are not lost: a row or column of the tile that moves it may be as low."""
+    rows = torch.tensor([[0.0, 0.0], [19.0, 0.0], [27.0, 100.0]], device=DEVICE).repeat_interleave(192, dim=0)
+    cols = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=DEVICE).repeat(96, 1)
+    x, y = (cols, rows) if of_column else (rows, cols)
+    log2 = torch.tensor(2.0, device=DEVICE).log()
+    Case(x, y, log2, torch.zeros_like(log2), 5000).check_forward(config=STATISTICS)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [14.3, -14.3, 0.0])
 def test_row_factors(scale: float, dtype: torch.dtype) -> None:

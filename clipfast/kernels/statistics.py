@@ -21,6 +21,7 @@ from clipfast.kernels.tiles import (
     load_part,
     merge,
     product,
+    shifted,
     signed_scale,
 )
 
@@ -222,7 +223,8 @@ def statistics_kernel(
     block of columns up in registers and its row sums in its own row of row_partial: no two programs write to one place.
 
     All exponentials of a narrow tile lie within [2^-MAX_SPREAD, 2^HEADROOM] for the shift, in log2 units, that it has
-    in common with the tiles before it: what a sum loses when the shift moves up is below its rounding.
+    in common with the tiles before it: a sum that is no normal number any more when the shift moves up is below the
+    rounding of the tile's own.
     """
     programs_m = tl.num_programs(0) // programs_n
     program_m = tl.program_id(0) // programs_n
@@ -283,7 +285,7 @@ def statistics_kernel(
                 row_shift = tl.load(row_partial + row)  # the same for a block of rows
                 row_sum = load_part(row_partial + row_stride, row, n, BLOCK_M)
             if narrow & (high > shift + HEADROOM):
-                col_sums *= tl.exp2(shift - high)
+                col_sums = shifted(col_sums, shift - high)
                 shift = high
             if narrow & (low > shift - MAX_SPREAD):
                 # One exponential for both directions.

@@ -144,11 +144,18 @@ def finite(shift):
 
 
 @triton.jit
+def shifted(total, exponent):
+    """total * exp2(exponent). By two factors: it may be a normal number where exp2(exponent) is none, which is 0 then."""
+    half = tl.exp2(0.5 * exponent)
+    return total * half * half
+
+
+@triton.jit
 def merge(shift, total, other_shift, other_total, abs_scale2):
     """The sum of two sums total * exp2(shift * abs_scale2), as a pair (shift, total) again."""
     largest = tl.maximum(shift, other_shift)
     return largest, (
-        total * tl.exp2((shift - largest) * abs_scale2) + other_total * tl.exp2((other_shift - largest) * abs_scale2)
+        shifted(total, (shift - largest) * abs_scale2) + shifted(other_total, (other_shift - largest) * abs_scale2)
     )
 
 
