@@ -10,7 +10,7 @@ from clipfast import arguments, dispatch
 from clipfast.block import IGNORE, POSITIVE, SAME_IDS
 from clipfast.memory import Memory
 from clipfast.predictions import PRODUCTS, Prediction, predict
-from clipfast.problem import DISTILLATION, DTYPES, IDS, RANKS, SIGMOID, SYMMETRIC, Problem
+from clipfast.problem import DISTILLATION, DTYPES, IDS, NORMS, RANKS, SIGMOID, SYMMETRIC, Problem
 from clipfast.schemes import AUTO, GATHER, SCHEMES
 from clipfast.softmax import BOTH, MEAN, Options, forms_gradients
 
@@ -112,7 +112,9 @@ def explain(
         arguments.choice("same_id", same_id, SAME_IDS)
     arguments.choice("scheme", scheme, SCHEMES)
     arguments.flag("equal_shards", equal_shards)
-    needs = LOSSES[loss] | ({IDS} if same_id else set()) | ({RANKS} if return_metrics else set())
+    needs = LOSSES[loss] | {
+        need for need, there in ((IDS, same_id), (NORMS, normalize), (RANKS, return_metrics)) if there
+    }
     adds_positives = same_id == POSITIVE and loss == "contrastive"
     ranks, visited = None, m
     if arguments.positive_integer("world_size", world_size) > 1:

@@ -12,7 +12,9 @@ MIN_NORM = 1e-12  # of a row that is normalized; the floor of torch.nn.functiona
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES, torch.float64)
 
-NEEDS = (IDS, RANKS, SYMMETRIC, SIGMOID, DISTILLATION) = ("ids", "ranks", "symmetric", "sigmoid", "distillation")
+NEEDS = (IDS, NORMS, RANKS, SYMMETRIC, SIGMOID, DISTILLATION) = (
+    "ids", "norms", "ranks", "symmetric", "sigmoid", "distillation"
+)  # fmt: skip
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,8 +38,8 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 class Problem(NamedTuple):
     """One block of logits: x [n, d] against y [m, d], both of `dtype` on `device`, and what is wanted beyond softmaxes.
 
-    `needs` holds some of NEEDS: "ids", "ranks" (metrics), "symmetric" (the loss and its gradients in one pass),
-    "sigmoid" (SigLIP), "distillation".
+    `needs` holds some of NEEDS: "ids", "norms" (of rows that a block has factors for), "ranks" (metrics), "symmetric"
+    (the loss and its gradients in one pass), "sigmoid" (SigLIP), "distillation".
     """
 
     n: int

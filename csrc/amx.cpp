@@ -28,13 +28,13 @@ struct Amx : Avx512Halves {
     }
 
     // See PairTile::multiply.
-    template <index_t kARow, int NV>
+    template <int NV>
     static CLIPFAST_INLINE void add(V (&)[kPairRows][NV], index_t runs, index_t pairs, const std::uint32_t* a,
-                                    index_t a_run, const std::uint32_t* b) {
+                                    index_t a_row, index_t a_run, const std::uint32_t* b) {
         for (index_t run = 0; run < runs; ++run, a += a_run)
             for (index_t k = 0; k < pairs; k += 16, b += 16 * NV * 16) {
-                AmxRegisters::load<4>(a + k, kARow);
-                AmxRegisters::load<5>(a + k + 16 * kARow, kARow);
+                AmxRegisters::load<4>(a + k, a_row);
+                AmxRegisters::load<5>(a + k + 16 * a_row, a_row);
                 AmxRegisters::load<6>(b, NV * 16);
                 if constexpr (NV == 2) AmxRegisters::load<7>(b + 16, NV * 16);
                 for_tiles<NV>([](auto sum, auto i, auto v) {

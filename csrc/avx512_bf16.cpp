@@ -28,9 +28,9 @@ struct Avx512Bf16 : Avx512Halves {
     }
 
     // sum_iv += the products of A_ik and B_kv, pairs in pairs: see PairTile::multiply.
-    template <index_t kARow, int NV>
+    template <int NV>
     static CLIPFAST_INLINE void add(V (&sum)[kPairRows][NV], index_t runs, index_t pairs, const std::uint32_t* a,
-                                    index_t a_run, const std::uint32_t* b) {
+                                    index_t a_row, index_t a_run, const std::uint32_t* b) {
         for (index_t run = 0; run < runs; ++run, a += a_run)
             for (index_t k = 0; k < pairs; ++k, b += NV * 16) {
                 __m512bh row[NV];
@@ -38,7 +38,7 @@ struct Avx512Bf16 : Avx512Halves {
                 for (int v = 0; v < NV; ++v) row[v] = as<__m512bh>(load_vector<Pairs>(b + v * 16));
 #pragma GCC unroll 16
                 for (int i = 0; i < kPairRows; ++i) {
-                    const auto term = as<__m512bh>(Pairs{} + a[i * kARow + k]);
+                    const auto term = as<__m512bh>(Pairs{} + a[i * a_row + k]);
 #pragma GCC unroll 4
                     for (int v = 0; v < NV; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], term, row[v]);
                 }

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -66,6 +67,16 @@ class Buffer {
         T* part = memory_ ? reinterpret_cast<T*>(memory_->begin() + used_) : nullptr;
         used_ += (size * index_t{sizeof(T)} + index_t{kLine} - 1) / index_t{kLine} * index_t{kLine};
         return part;
+    }
+
+    // The next parts twice, for two uses that do not meet: what either lambda takes begins in one place.
+    template <class First, class Second>
+    void share(const First& first, const Second& second) {
+        const index_t begin = used_;
+        first();
+        const index_t end = std::exchange(used_, begin);
+        second();
+        used_ = std::max(used_, end);
     }
 
   private:

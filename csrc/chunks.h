@@ -155,8 +155,15 @@ class Kept {
     }
 
     explicit operator bool() const { return logits_; }
-    T* at(const Place& place) const { return logits_ + (place.column * n_ + (place.first + place.row) * kWidth); }
+    index_t rows() const { return n_; }
+    T* at(index_t row, index_t column) const { return logits_ + (column * n_ + row * kWidth); }
+    T* at(const Place& place) const { return at(place.first + place.row, place.column); }
 
+    // Whether a group can be formed where it is kept: it may be written up to a multiple of kRows.
+    template <int NV>
+    bool holds(const Group<Tiles, NV>& group) const {
+        return logits_ && n_ % Tiles::kRows == 0 && group.cols == kWidth;
+    }
     template <int NV>
     void keep(const Group<Tiles, NV>& group, const Place& place) const {
         T* const to = at(place);
@@ -181,18 +188,25 @@ class PackedRows {
 
   public:
     explicit PackedRows(const Block& block)
-        : block_(block), row_size_(Tiles::operands(block.d())), logits_(block) {}
+        : block_(block),
+          row_size_(Tiles::operands(block.d())),
+          logits_(block),
+          as_they_lie_(block.n() % Tiles::kRows == 0 && Tiles::template is_left<Element>(block.x)),
+          x_stride_(as_they_lie_ ? block.x.row_stride / Tiles::kTerms : row_size_) {}
 
     void place(Buffer& memory, const Chunks<Tiles>& chunks) {
-        x_ = memory.take<Operand>(round_up(chunks.rows_held, std::max<index_t>(Tiles::kRows, Tiles::W)) * row_size_);
+        if (!as_they_lie_) x_packed_ = memory.take<Operand>(round_up(chunks.rows_held, Tiles::kRows) * row_size_);
         y_ = memory.take<Operand>(round_up(chunks.cols_held, Tiles::W) * row_size_);
     }
 
-    void pack_left(Team& team, index_t first, index_t rows) const {
-        constexpr index_t step = round_up(kPackedRows, std::max<index_t>(Tiles::kRows, Tiles::W));
+    // Makes rows of x the left operand.
+    void take_left(Team& team, index_t first, index_t rows) {
+        x_ = as_they_lie_ ? static_cast<const Operand*>(block_.x.data) + first * x_stride_ : x_packed_;
+        if (as_they_lie_) return;
+        constexpr index_t step = round_up(kPackedRows, Tiles::kRows);
         team.for_each(ceil_div(rows, step), [&](int, index_t task) {
             const index_t row = task * step, count = std::min(step, rows - row);
-            Tiles::template pack_left<Element>(block_.x, first + row, count, x_ + row * row_size_);
+            Tiles::template pack_left<Element>(block_.x, first + row, count, x_packed_ + row * row_size_);
         });
     }
 
@@ -209,7 +223,7 @@ class PackedRows {
 
     template <class Group>
     void form(Group& group, const Place& at) const {
-        logits_.form(group, x_ + at.row * row_size_, y_ + at.panel * kWidth * row_size_);
+        logits_.form(group, x_ + at.row * x_stride_, x_stride_, y_ + at.panel * kWidth * row_size_);
     }
 
     const Logits<Tiles>& logits() const { return logits_; }
@@ -218,7 +232,10 @@ class PackedRows {
     Block block_;
     index_t row_size_;  // operands per row
     Logits<Tiles> logits_;
-    Operand *x_ = nullptr, *y_ = nullptr;
+    bool as_they_lie_;  // whether x is taken in place
+    index_t x_stride_;  // of the operands x_
+    const Operand* x_ = nullptr;
+    Operand *x_packed_ = nullptr, *y_ = nullptr;
 };
 
 }  // namespace

@@ -43,7 +43,7 @@ class Distillation : public Objective {
         col_cross_.fill(0);
     }
     void begin_rows(Team& team, index_t first, index_t rows) {
-        teacher_.pack_left(team, first, rows);
+        teacher_.take_left(team, first, rows);
         row_cross_.fill(0);
     }
     void begin_cols(Team& team, index_t column, index_t cols) { teacher_.pack_right(team, column, cols); }

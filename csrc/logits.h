@@ -132,14 +132,13 @@ class Logits {
         if (scale2_rest_ == 0 && scale2_ != 0) scale2_rest_ = std::copysign(std::numeric_limits<T>::min(), scale2_);
     }
 
-    // The group's logits of packed rows of x and a packed panel of y, and their range.
+    // The group's logits of rows of x, `stride` operands apart, and a packed panel of y, and their range.
     template <int NV>
-    CLIPFAST_NOINLINE void form(Group<Tiles, NV>& group, const Operand* x, const Operand* y) const {
-        const index_t row_size = Tiles::operands(d_);
+    CLIPFAST_NOINLINE void form(Group<Tiles, NV>& group, const Operand* x, index_t stride, const Operand* y) const {
         const V scale = V{} + scale2_, rest = V{} + scale2_rest_, bias = V{} + bias2_;
         V low = V{} + kInfinity, high = V{} - kInfinity;
         for (index_t i = 0; i < group.rows; i += kRows) {
-            Tiles::template multiply_rows<NV>(d_, x + i * row_size, y, [&](const V (&sum)[kRows][NV]) {
+            Tiles::template multiply_rows<NV>(d_, x + i * stride, stride, y, [&](const V (&sum)[kRows][NV]) {
 #pragma GCC unroll 16
                 for (int r = 0; r < kRows; ++r) {
                     V row_low = V{} + kInfinity, row_high = V{} - kInfinity;
@@ -157,7 +156,7 @@ class Logits {
         set_range(group, low, high);
     }
 
-    // The same of logits that were formed before, [rows][kWidth].
+    // The same of logits that were formed before, [rows][kWidth], maybe in this very place.
     template <int NV>
     CLIPFAST_NOINLINE void copy(Group<Tiles, NV>& group, const T* formed) const {
         V low = V{} + kInfinity, high = V{} - kInfinity;
@@ -165,7 +164,7 @@ class Logits {
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
                 const V logit = load_vector<V>(formed + i * Tiles::kWidth + v * W);
-                store_vector(group.row(i) + v * W, logit);
+                if (group.s != formed) store_vector(group.row(i) + v * W, logit);
                 low = minimum(logit, low);
                 high = maximum(logit, high);
             }

@@ -6,8 +6,8 @@
 // small.
 //
 // A left operand has its pairs along the row, in runs of 16 or more, so that a matrix unit can load 16 rows by 16
-// pairs; a right operand is [pair][column]. Both are padded with zeros to whole runs. A chunk holds G twice, its pairs
-// along the rows and along the columns: as many bytes as once in float32.
+// pairs: rows of bfloat16 as they lie. A right operand is [pair][column]. Both are padded with zeros to whole runs. A
+// chunk holds G twice, its pairs along the rows and along the columns: as many bytes as once in float32.
 #pragma once
 
 #include "tiles.h"
@@ -43,7 +43,7 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
         [[maybe_unused]] const Session session;
         V sum[kRows][kVectors];
         Isa::clear(sum);
-        for (index_t round = 0; round < rounds; ++round) Isa::template add<kRun>(sum, kRuns, kRun, a, 0, b);
+        for (index_t round = 0; round < rounds; ++round) Isa::add(sum, kRuns, kRun, a, kRun, 0, b);
         Isa::finish(sum);
         V total = {};  // of all, or the compiler would leave sums out
 #pragma GCC unroll 16
@@ -57,21 +57,24 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
     static index_t depth(index_t) { return kDepth; }
 
     template <int NV, class Visit>
-    static CLIPFAST_INLINE void multiply_rows(index_t d, const Operand* left, const Operand* right,
+    static CLIPFAST_INLINE void multiply_rows(index_t d, const Operand* left, index_t stride, const Operand* right,
                                               const Visit& visit) {
         const index_t count = pairs(d);
-        multiply<NV, kRun>(count / kRun, kRun, left, kRun * kRows, count * kRows, right, count * NV * W, visit);
+        multiply<NV>(1, count, left, stride, 0, count, right, count * NV * W, visit);
     }
 
-    // [row / kRows][part][pair / kRun][kRows][kRun].
+    template <class Element>
+    static bool is_left(const Matrix& x) {
+        return kParts == 1 && std::is_same_v<Element, bfloat16> && x.cols == 2 * pairs(x.cols) && x.col_stride == 1 &&
+               x.row_stride % 2 == 0 && reinterpret_cast<std::uintptr_t>(x.data) % sizeof(Operand) == 0 && !x.factors;
+    }
+    // [row][part][pair].
     template <class Element>
     static void pack_left(const Matrix& x, index_t row, index_t rows, Operand* out) {
-        const index_t runs = pairs(x.cols) / kRun;
         for (index_t r = 0; r < round_up(rows, kRows); ++r)
             for_parts([&](auto part) {
-                Operand* to = out + Index(r / kRows).in(kParts, part).in(runs, 0).in(kRows, r % kRows).in(kRun, 0);
-                for (index_t run = 0; run < runs; ++run, to += kRows * kRun)
-                    store_vector(to, r < rows ? load_pairs<part.value, Element>(x, row + r, run * 2 * kRun) : Pairs{});
+                for (index_t k = 0; k < pairs(x.cols); k += kRun, out += kRun)
+                    store_vector(out, r < rows ? load_pairs<part.value, Element>(x, row + r, 2 * k) : Pairs{});
             });
     }
 
@@ -108,13 +111,13 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
         });
     }
 
-    // G of a chunk twice, each [panel][part], with its pairs along G's rows, [rows][kWidth / 2], and along its columns,
-    // [rows / kGroup][kWidth][kGroup / 2].
+    // G of a chunk, [panel][group of rows][part], twice in each: with its pairs along the rows, [kGroup][kWidth / 2],
+    // and along the columns, [kWidth][kGroup / 2].
     class Gradient {
       public:
+        static constexpr bool kInPlace = kParts == 1;
         static index_t operands(index_t rows, index_t cols) { return kParts * rows * cols; }
-        Gradient(Operand* memory, index_t rows, index_t cols)
-            : by_rows_(memory), by_cols_(memory + operands(rows, cols) / 2), rows_(rows) {}
+        Gradient(Operand* memory, index_t rows) : memory_(memory), groups_(rows / kGroup) {}
 
         float* place(index_t, index_t, float* apart) const { return apart; }
 
@@ -124,34 +127,37 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
             for (index_t i = 0; i < group.rows; ++i) std::fill(group.row(i) + group.cols, group.row(i + 1), 0.0f);
             std::fill(group.row(group.rows), group.row(kGroup), 0.0f);
             for_parts([&](auto part) {
-                keep_rows<part.value>(group.s, by_rows_ + at_row(panel, part, row));
-                keep_cols<part.value>(group.s, by_cols_ + at_col(panel, part, row, 0));
+                keep_rows<part.value>(group.s, memory_ + at_row(panel, part, row));
+                keep_cols<part.value>(group.s, memory_ + at_col(panel, part, row, 0));
             });
         }
 
         template <int NV>
         void add_rows(index_t row, index_t k, index_t terms, const Operand* y, index_t capacity,
-                      const TileSums<float>& to) const {
-            const Operand* g = by_rows_ + at_row(k / kWidth, 0, row);
-            add_product<NV, kWidth / 2>(ceil_div(terms, kWidth), kWidth / 2, g, at_row(1, 0, 0), at_row(0, 1, 0),
-                                        y + k / 2 * NV * W, capacity / 2 * NV * W, to);
+                      float* to, bool fresh) const {
+            const Operand* g = memory_ + at_row(k / kWidth, 0, row);
+            add_product<NV, kWidth / 2>(ceil_div(terms, kWidth), kWidth / 2, g, at(1, 0, 0), at(0, 0, 1),
+                                        y + k / 2 * NV * W, capacity / 2 * NV * W, to, fresh);
         }
 
         template <int NV>
         void add_cols(index_t col, index_t k, index_t terms, const Operand* x, index_t capacity,
-                      const TileSums<float>& to) const {
-            const Operand* g = by_cols_ + at_col(col / kWidth, 0, k, col % kWidth);
-            add_product<NV, kGroup / 2>(ceil_div(terms, kGroup), kGroup / 2, g, at_col(0, 0, kGroup, 0),
-                                        at_col(0, 1, 0, 0), x + k / 2 * NV * W, capacity / 2 * NV * W, to);
+                      float* to, bool fresh) const {
+            const Operand* g = memory_ + at_col(col / kWidth, 0, k, col % kWidth);
+            add_product<NV, kGroup / 2>(ceil_div(terms, kGroup), kGroup / 2, g, at(0, 1, 0), at(0, 0, 1),
+                                        x + k / 2 * NV * W, capacity / 2 * NV * W, to, fresh);
         }
 
       private:
-        // In the two copies of G, of the first pair of a row and of a column of a panel, from a group's first row on.
+        // Of a group, and in its two copies of G, of the first pair of a row and of a column of the panel.
+        index_t at(index_t panel, index_t group, index_t part) const {
+            return Index(panel).in(groups_, group).in(kParts, part).in(kGroup, 0).in(kWidth, 0);
+        }
         index_t at_row(index_t panel, index_t part, index_t row) const {
-            return Index(panel).in(kParts, part).in(rows_, row).in(kWidth / 2, 0);
+            return at(panel, row / kGroup, part) + row % kGroup * kWidth / 2;
         }
         index_t at_col(index_t panel, index_t part, index_t row, index_t col) const {
-            return Index(panel).in(kParts, part).in(rows_ / kGroup, row / kGroup).in(kWidth, col).in(kGroup / 2, 0);
+            return at(panel, row / kGroup, part) + kGroup * kWidth / 2 + col * kGroup / 2;
         }
 
         template <int part>
@@ -176,8 +182,8 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
                 }
         }
 
-        Operand *by_rows_, *by_cols_;
-        index_t rows_;
+        Operand* memory_;
+        index_t groups_;  // of rows
     };
 
   private:
@@ -220,17 +226,17 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
     }
 
     // visit(sum[kRows][NV]) with sum_iv = sum_k A_ik B_kv over `runs` runs of `pairs` pairs. A_ik lies at
-    // a[i * kARow + k], a run a_run after the one before; B is packed, [runs * pairs][NV * W]. The parts of A and B lie
+    // a[i * a_row + k], a run a_run after the one before; B is packed, [runs * pairs][NV * W]. The parts of A and B lie
     // a_part and b_part apart.
-    template <int NV, index_t kARow, class Visit>
-    static CLIPFAST_INLINE void multiply(index_t runs, index_t pairs, const Operand* a, index_t a_run, index_t a_part,
-                                         const Operand* b, index_t b_part, const Visit& visit) {
+    template <int NV, class Visit>
+    static CLIPFAST_INLINE void multiply(index_t runs, index_t pairs, const Operand* a, index_t a_row, index_t a_run,
+                                         index_t a_part, const Operand* b, index_t b_part, const Visit& visit) {
         V sum[kRows][NV];
         Isa::clear(sum);
-        Isa::template add<kARow>(sum, runs, pairs, a, a_run, b);
+        Isa::add(sum, runs, pairs, a, a_row, a_run, b);
         if constexpr (kParts == 2) {
-            Isa::template add<kARow>(sum, runs, pairs, a, a_run, b + b_part);
-            Isa::template add<kARow>(sum, runs, pairs, a + a_part, a_run, b);
+            Isa::add(sum, runs, pairs, a, a_row, a_run, b + b_part);
+            Isa::add(sum, runs, pairs, a + a_part, a_row, a_run, b);
         }
         Isa::finish(sum);
         visit(sum);
@@ -239,9 +245,9 @@ struct PairTile : TileShape<float, 16, Isa::kPairVectors, Isa::kPairRows> {
     template <int NV, index_t kARow>
     CLIPFAST_NOINLINE static void add_product(index_t runs, index_t pairs, const Operand* a, index_t a_run,
                                               index_t a_part, const Operand* b, index_t b_part,
-                                              const TileSums<float>& to) {
-        multiply<NV, kARow>(runs, pairs, a, a_run, a_part, b, b_part,
-                            [&](const V (&sum)[kRows][NV]) { Shape::template add_tile<NV>(sum, to); });
+                                              float* to, bool fresh) {
+        multiply<NV>(runs, pairs, a, kARow, a_run, a_part, b, b_part,
+                     [&](const V (&sum)[kRows][NV]) { Shape::template add_tile<NV>(sum, to, fresh); });
     }
 };
 

@@ -58,17 +58,18 @@ class Kernel {
         return dscale;
     }
 
-    // A scan for the first objective, between(team), and the gradients of the second from the logits that the scan kept;
-    // returns dscale.
+    // A scan for the first objective, between(team), and the gradients of the second from the logits that the scan kept,
+    // G in their place; returns dscale.
     template <class First, class Between, class Second>
     double scan_and_differentiate(First& first, const Between& between, Second& second, const Gradients& out) {
         T* logits = nullptr;
         const auto memory = Buffer::holding([&](Buffer& buffer) { place_both(buffer, first, second, logits); });
         double dscale = 0;
         team_.run([&] {
-            scan_chunks(first, Kept<Tiles>::begun(logits, chunks_.n, chunks_.m));
+            const auto kept = Kept<Tiles>::begun(logits, round_up(chunks_.n, kGroup), chunks_.m);
+            scan_chunks(first, kept);
             between(team_);
-            dscale = differentiate_chunks(second, out, Kept<Tiles>::found(logits, chunks_.n));
+            dscale = differentiate_chunks(second, out, kept, Gradient::kInPlace);
         });
         return dscale;
     }
@@ -102,7 +103,7 @@ class Kernel {
         objective.begin(team_);
         for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
             const index_t rows = std::min(chunks_.rows, chunks_.n - first);
-            rows_.pack_left(team_, first, rows);
+            rows_.take_left(team_, first, rows);
             objective.begin_rows(team_, first, rows);
             for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
                 const index_t cols = std::min(chunks_.cols, chunks_.m - column);
@@ -110,9 +111,11 @@ class Kernel {
                 objective.begin_cols(team_, column, cols);
                 chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
                     if (!objective.wants(group)) return;
-                    group.s = scratch(at);
+                    // An objective leaves logits as they are that are all in the sums.
+                    const bool in_place = kept.holds(group) && group.is_summed();
+                    group.s = in_place ? kept.at(at) : scratch(at.worker);
                     rows_.form(group, at);
-                    if (kept) kept.keep(group, at);
+                    if (kept && !in_place) kept.keep(group, at);
                     objective.take(group, at);
                 });
             }
@@ -121,19 +124,31 @@ class Kernel {
         objective.end(team_);
     }
 
+    // The gradients of the rows of a chunk, or of its columns: the features they are of, where they are added up,
+    // [rows][d], and where they go.
+    struct Sums {
+        const Matrix& features;
+        index_t first, rows;  // in the block
+        T* at;
+        void* out;
+        double* dots;       // for the sums' products with the features, or null
+        bool fresh, whole;  // whether nothing is added up yet, and whether this chunk is the last
+    };
+
     template <class Objective>
-    double differentiate_chunks(Objective& objective, const Gradients& out, const Kept<Tiles>& kept) {
+    double differentiate_chunks(Objective& objective, const Gradients& out, const Kept<Tiles>& kept,
+                                bool in_place = false) {
         double dscale = 0;
         objective.begin(team_);
         // Where the gradients are wanted as they are added up, they need no place apart.
         const bool apart = kApart && out.dtype == block_.dtype;
         const index_t element = apart ? index_t{sizeof(Element)} : index_t{sizeof(T)};
         ask_for_huge_pages(out.dx, chunks_.n * d_ * element), ask_for_huge_pages(out.dy, chunks_.m * d_ * element);
-        T* const dy = apart ? dy_apart_ : static_cast<T*>(out.dy);
+        T* const dy_at = apart ? dy_apart_ : static_cast<T*>(out.dy);
         for (index_t first = 0; first < chunks_.n; first += chunks_.rows) {
             const index_t rows = std::min(chunks_.rows, chunks_.n - first);
-            T* const dx = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
-            if (!kept) rows_.pack_left(team_, first, rows);
+            T* const dx_at = apart ? dx_apart_ : static_cast<T*>(out.dx) + first * d_;
+            if (!kept) rows_.take_left(team_, first, rows);
             pack_rows(block_.x, first, rows, Tiles::kRowStep, row_capacity_, x_rows_);
             objective.begin_rows(team_, first, rows);
             for (index_t column = 0; column < chunks_.m; column += chunks_.cols) {
@@ -141,61 +156,68 @@ class Kernel {
                 if (!kept) rows_.pack_right(team_, column, cols);
                 pack_rows(block_.y, column, cols, Tiles::kColStep, col_capacity_, y_rows_);
                 objective.begin_cols(team_, column, cols);
+                if (in_place) gradient_ = {reinterpret_cast<Operand*>(kept.at(first, column)), kept.rows()};
                 dscale += form_gradient(objective, kept, first, column);
-                add_products({dx, d_, rows, d_, column == 0}, {dy + column * d_, d_, cols, d_, first == 0});
+                const Sums dx{block_.x, first, rows, dx_at, out.dx, Tiles::kRounds ? nullptr : dots_,
+                              column == 0, column + cols == chunks_.m};
+                const Sums dy{block_.y, column, cols, dy_at ? dy_at + column * d_ : nullptr, out.dy, nullptr,
+                              first == 0, first + rows == chunks_.n};
+                dscale += apart ? add_products<Element>(dx, dy) : add_products<T>(dx, dy);
             }
             objective.end_rows(team_, first, rows);
-            if (apart) dscale += finish_dx(first, rows, dx, static_cast<Element*>(out.dx));
-            else dscale += finish_dx(first, rows, dx, static_cast<T*>(out.dx));
         }
         objective.end(team_);
-        if (apart) finish_dy(dy, static_cast<Element*>(out.dy));
-        else finish_dy(dy, static_cast<T*>(out.dy));
         return dscale;
     }
 
-    void place(Buffer& buffer) {
-        rows_.place(buffer, chunks_);
-        scratch_ = buffer.take<T>(chunks_.threads * kGroup * kWidth);
-    }
+    void place(Buffer& buffer) { rows_.place(buffer, chunks_), place_scratch(buffer); }
     template <class Objective>
     void place_all(Buffer& buffer, Objective& objective) {
-        place(buffer), objective.place(buffer), place_products(buffer);
+        place(buffer), place_products(buffer), place_gradient(buffer), objective.place(buffer);
     }
     template <class First, class Second>
     void place_both(Buffer& buffer, First& first, Second& second, T*& logits) {
-        place_all(buffer, second), first.place(buffer);
-        logits = buffer.take<T>(kept_size(chunks_.n, chunks_.m));
+        buffer.share([&] { rows_.place(buffer, chunks_); }, [&] { place_products(buffer); });
+        place_scratch(buffer), first.place(buffer), second.place(buffer);
+        logits = buffer.take<T>(kept_size(round_up(chunks_.n, kGroup), chunks_.m));
+        if (!Gradient::kInPlace) place_gradient(buffer);
     }
+    void place_scratch(Buffer& buffer) { scratch_ = buffer.take<T>(chunks_.threads * kGroup * kWidth); }
     void place_products(Buffer& buffer) {
         const index_t width_d = round_up(d_, W);
         row_capacity_ = round_up(chunks_.rows_held, Tiles::kRowStep);
         col_capacity_ = round_up(chunks_.cols_held, Tiles::kColStep);
         x_rows_ = buffer.take<Operand>(packed(row_capacity_, width_d));
         y_rows_ = buffer.take<Operand>(packed(col_capacity_, width_d));
-        const index_t rows = round_up(row_capacity_, kRows), cols = round_up(col_capacity_, kWidth);
-        gradient_ = Gradient(buffer.take<Operand>(Gradient::operands(rows, cols)), rows, cols);
         if constexpr (kApart) {
-            dx_apart_ = buffer.take<T>(chunks_.rows_held * d_);
-            dy_apart_ = buffer.take<T>(chunks_.m * d_);
+            if (block_.x.factors || chunks_.cols < chunks_.m) dx_apart_ = buffer.take<T>(chunks_.rows_held * d_);
+            if (block_.y.factors || chunks_.rows < chunks_.n) dy_apart_ = buffer.take<T>(chunks_.m * d_);
         }
         dots_ = buffer.take<double>(dots());
+    }
+    void place_gradient(Buffer& buffer) {
+        const index_t rows = round_up(row_capacity_, kRows), cols = round_up(col_capacity_, kWidth);
+        gradient_ = {buffer.take<Operand>(Gradient::operands(rows, cols)), rows};
     }
 
     // Operands in which `rows` rows by `cols` columns are packed for G y or G^T x.
     static index_t packed(index_t rows, index_t cols) { return Tiles::kParts * rows * cols / Tiles::kTerms; }
 
-    T* scratch(const Place& at) const { return scratch_ + at.worker * kGroup * kWidth; }
+    // A thread's, for a group of logits or for products.
+    T* scratch(int worker) const { return scratch_ + worker * kGroup * kWidth; }
 
-    // Parts of dscale = sum G x y^T: a group's where the product rounds G, before that; else x^T (G y) of its rows.
-    index_t dots() const { return chunks_.rows / kGroup * (Tiles::kRounds ? chunks_.panels : 1); }
+    // Parts of dscale = sum G x y^T: a group's where the product rounds G, before that; else x^T (G y), of a few rows
+    // and a panel of their d columns.
+    index_t dots() const {
+        return chunks_.rows / kGroup * (Tiles::kRounds ? chunks_.panels : ceil_div(d_, kWidth));
+    }
 
     // G of a chunk. Returns its part of dscale where the product rounds G, else 0.
     template <class Objective>
     double form_gradient(Objective& objective, const Kept<Tiles>& kept, index_t first, index_t column) {
         std::fill(dots_, dots_ + dots(), 0.0);
         chunks_.for_groups(team_, first, column, [&](auto& group, const Place& at) {
-            group.s = gradient_.place(at.panel, at.row, scratch(at));
+            group.s = gradient_.place(at.panel, at.row, scratch(at.worker));
             if (kept) rows_.logits().copy(group, kept.at(at));
             else rows_.form(group, at);
             const T dot = objective.to_gradient(group, at);
@@ -220,110 +242,123 @@ class Kernel {
         });
     }
 
-    // G y is added to dx and G^T x to dy for a chunk. A task has a block of rows of dx or dy, and a part of the d
-    // columns.
-    void add_products(const TileSums<T>& dx, const TileSums<T>& dy) {
+    // G y is added to dx and G^T x to dy for a chunk, and scale times the sums goes out where they are whole; returns
+    // x^T (G y) then. A task has a block of rows of dx or dy, and a part of the d columns.
+    template <class Out>
+    double add_products(const Sums& dx, const Sums& dy) {
         const index_t panels = ceil_div(d_, kWidth);
         const index_t dx_blocks = ceil_div(dx.rows, kBlockRows), dy_blocks = ceil_div(dy.rows, kBlockRows);
         const index_t share = ceil_div(panels, chunks_.parts(dx_blocks + dy_blocks, panels));
-        team_.for_each((dx_blocks + dy_blocks) * ceil_div(panels, share), [&](int, index_t task) {
+        std::fill(dots_, dots_ + dots(), 0.0);
+        team_.for_each((dx_blocks + dy_blocks) * ceil_div(panels, share), [&](int worker, index_t task) {
             [[maybe_unused]] const typename Tiles::Session session;
             const index_t block = task % (dx_blocks + dy_blocks), part = task / (dx_blocks + dy_blocks);
-            const index_t begin = part * share, end = std::min(panels, begin + share);
-            if (block < dy_blocks) add_to_dy(block * kBlockRows, dx.rows, begin, end, dy);
-            else add_to_dx((block - dy_blocks) * kBlockRows, dy.rows, begin, end, dx);
+            const bool is_dx = block >= dy_blocks;
+            const Sums& sums = is_dx ? dx : dy;
+            const index_t begin = (is_dx ? block - dy_blocks : block) * kBlockRows;
+            T* const products = scratch(worker);
+            for (index_t panel = part * share; panel < std::min(panels, (part + 1) * share); ++panel)
+                for (index_t row = begin; row < std::min(sums.rows, begin + kBlockRows) && !team_.stopped();
+                     row += kGroup) {
+                    const index_t col = panel * kWidth, rows = std::min(kGroup, sums.rows - row);
+                    Tiles::with_vectors(d_ - col, [&](auto vectors) {
+                        if (is_dx) multiply_rows<vectors.value>(row, rows, dy.rows, col, products);
+                        else multiply_cols<vectors.value>(row, rows, dx.rows, col, products);
+                    });
+                    add_up<Out>(sums, row, rows, col, products);
+                }
         });
+        double dot = std::accumulate(dots_, dots_ + dots(), 0.0);
+        dot += finish<Out>(dx), finish<Out>(dy);
+        return Tiles::kRounds ? 0 : dot;
     }
 
-    // Rows of dx from `first` on, panels [begin, end) of their columns.
-    void add_to_dx(index_t first, index_t cols, index_t begin, index_t end, const TileSums<T>& dx) {
-        const index_t last = std::min(dx.rows, first + kBlockRows), depth = Tiles::depth(chunks_.m);
-        for_terms(cols, depth, begin, end, [&](auto vectors, index_t k, index_t terms, index_t c, index_t count) {
-            const Operand* y = y_rows_ + packed(col_capacity_, c);
-            for (index_t i = first; i < last; i += kRows) {
-                const TileSums<T> to{dx.at + i * d_ + c, d_, last - i, count, dx.fresh && k == 0};
-                gradient_.template add_rows<vectors.value>(i, k, terms, y, col_capacity_, to);
-            }
-        });
+    // G y of a few rows and a panel of its columns, [kGroup][kWidth].
+    template <int NV>
+    void multiply_rows(index_t first, index_t rows, index_t terms, index_t col, T* products) const {
+        const index_t depth = Tiles::depth(chunks_.m);
+        const Operand* y = y_rows_ + packed(col_capacity_, col);
+        for (index_t k = 0; k < terms; k += depth)
+            for (index_t i = 0; i < rows; i += kRows)
+                gradient_.template add_rows<NV>(first + i, k, std::min(depth, terms - k), y, col_capacity_,
+                                                products + i * kWidth, k == 0);
     }
 
-    // The same of dy.
-    void add_to_dy(index_t first, index_t rows, index_t begin, index_t end, const TileSums<T>& dy) {
-        const index_t last = std::min(dy.rows, first + kBlockRows), depth = Tiles::depth(chunks_.n);
-        for_terms(rows, depth, begin, end, [&](auto vectors, index_t k, index_t terms, index_t c, index_t count) {
-            const Operand* x = x_rows_ + packed(row_capacity_, c);
-            for (index_t j = first; j < last; j += kRows) {
-                const TileSums<T> to{dy.at + j * d_ + c, d_, last - j, count, dy.fresh && k == 0};
-                gradient_.template add_cols<vectors.value>(j, k, terms, x, row_capacity_, to);
-            }
-        });
+    // The same of G^T x.
+    template <int NV>
+    void multiply_cols(index_t first, index_t rows, index_t terms, index_t col, T* products) const {
+        const index_t depth = Tiles::depth(chunks_.n);
+        const Operand* x = x_rows_ + packed(row_capacity_, col);
+        for (index_t k = 0; k < terms; k += depth)
+            for (index_t j = 0; j < rows; j += kRows)
+                gradient_.template add_cols<NV>(first + j, k, std::min(depth, terms - k), x, row_capacity_,
+                                                products + j * kWidth, k == 0);
     }
 
-    // Calls visit(std::integral_constant<int, vectors>, k, terms, c, columns) for up to `depth` terms of the sums, from
-    // k on, and panels of the d columns, from c on.
-    template <class Visit>
-    void for_terms(index_t all, index_t depth, index_t begin, index_t end, const Visit& visit) {
-        for (index_t k = 0; k < all; k += depth)
-            for (index_t panel = begin; panel < end && !team_.stopped(); ++panel) {
-                const index_t c = panel * kWidth, count = std::min(kWidth, d_ - c);
-                Tiles::with_vectors(count,
-                                    [&](auto vectors) { visit(vectors, k, std::min(depth, all - k), c, count); });
-            }
-    }
-
-    // Writes dx = scale G y of a chunk. Returns x^T (G y), dscale's part where the product does not round G; else 0.
+    // Adds products, [kGroup][kWidth], to a gradient's rows and columns. Scale times whole sums goes out, but for rows
+    // of length 1, whose gradients need whole rows (finish).
     template <class Out>
-    double finish_dx(index_t first, index_t rows, const T* gradient_y, Out* dx) {
+    void add_up(const Sums& to, index_t row, index_t rows, index_t col, const T* products) const {
+        const bool goes_out = to.whole && !to.features.factors, dots = goes_out && to.dots;
+        const bool in_memory = !to.fresh || !goes_out;
+        Doubles dot[2] = {};
+        for (index_t i = row; i < row + rows; ++i, products += kWidth) {
+            T* const at = in_memory ? to.at + i * d_ + col : nullptr;
+            Out* const out = static_cast<Out*>(to.out) + (to.first + i) * d_ + col;
+            for (index_t c = 0; c < std::min(kWidth, d_ - col); c += W) {
+                const index_t count = d_ - col - c;
+                V sum = load_vector<V>(products + c);
+                if (!to.fresh) sum += Tiles::load_elements(at + c, 1, count);
+                if (goes_out) Tiles::store_elements(out + c, scale_ * sum, count);
+                else Tiles::store_elements(at + c, sum, count);
+                if (dots) add_dot(dot, sum, load_features(to, i, col + c));
+            }
+        }
+        if (dots) to.dots[row / kGroup * ceil_div(d_, kWidth) + col / kWidth] = total(dot);
+    }
+
+    // The gradients of rows of length 1, of their whole sums; returns the products of the sums and the rows.
+    template <class Out>
+    double finish(const Sums& of) {
+        if (!of.whole || !of.features.factors) return 0;
         std::fill(dots_, dots_ + dots(), 0.0);
-        team_.for_each(ceil_div(rows, kGroup), [&](int, index_t group) {
-            const index_t row = group * kGroup;
-            const double dot = finish_rows(first + row, std::min(kGroup, rows - row), gradient_y + row * d_, dx);
-            if constexpr (!Tiles::kRounds) dots_[group] = dot;
+        team_.for_each(ceil_div(of.rows, kGroup), [&](int, index_t group) {
+            for (index_t i = group * kGroup; i < std::min(of.rows, (group + 1) * kGroup); ++i)
+                dots_[group] += finish_row<Out>(of, i);
         });
         return std::accumulate(dots_, dots_ + dots(), 0.0);
     }
 
+    // A row u = f a of length 1 has the gradient f (g - <g, u> u) by a, g = scale times its sums, where the norm is not
+    // at its floor. Returns the products of the sums and the row.
     template <class Out>
-    double finish_rows(index_t first, index_t count, const T* gradient_y, Out* dx) const {
-        double dot = 0;
-        for (index_t i = 0; i < count; ++i, gradient_y += d_)
-            dot += finish_row(block_.x, first + i, gradient_y, dx + (first + i) * d_);
-        return dot;
-    }
-
-    template <class Out>
-    void finish_dy(const T* gradient_x, Out* dy) {
-        team_.for_each(ceil_div(chunks_.m, kGroup), [&](int, index_t group) {
-            const index_t begin = group * kGroup, end = std::min(chunks_.m, begin + kGroup);
-            if (block_.y.factors)
-                for (index_t j = begin; j < end; ++j) finish_row(block_.y, j, gradient_x + j * d_, dy + j * d_);
-            else
-                for (index_t i = begin * d_; i < end * d_; ++i) dy[i] = store<Out>(scale_ * gradient_x[i]);
-        });
-    }
-
-    // Row `row` of a gradient, scale times `products`, written to `out`; returns the products of it and the row itself.
-    // A row u = f a of length 1 has the gradient f (g - <g, u> u) by a, where the norm is not at its floor.
-    template <class Out>
-    double finish_row(const Matrix& a, index_t row, const T* products, Out* out) const {
-        Doubles sum[2] = {};
-        for (index_t c = 0; c < d_; c += W) {
-            const V product = Tiles::load_elements(products + c, 1, d_ - c);
-            const V of_row = Tiles::template load_row<Element>(a, row, c, d_ - c);
-            sum[0] += Tiles::template half<0>(product) * Tiles::template half<0>(of_row);
-            sum[1] += Tiles::template half<1>(product) * Tiles::template half<1>(of_row);
-            if (!a.factors) Tiles::store_elements(out + c, scale_ * product, d_ - c);
-        }
-        const double dot = reduce<double, W / 2>(sum[0] + sum[1], [](auto p, auto q) { return p + q; });
-        if (!a.factors) return dot;
-        const T factor = static_cast<const T*>(a.factors)[row];
+    double finish_row(const Sums& of, index_t row) const {
+        const T* const sums = of.at + row * d_;
+        Out* const out = static_cast<Out*>(of.out) + (of.first + row) * d_;
+        Doubles dots[2] = {};
+        for (index_t c = 0; c < d_; c += W)
+            add_dot(dots, Tiles::load_elements(sums + c, 1, d_ - c), load_features(of, row, c));
+        const double dot = total(dots);
+        const T factor = static_cast<const T*>(of.features.factors)[of.first + row];
         const T along = double(factor) * kMinNorm < 1 - 1e-6 ? T(dot) : T(0);
         for (index_t c = 0; c < d_; c += W) {
-            const V product = Tiles::load_elements(products + c, 1, d_ - c);
-            const V of_row = Tiles::template load_row<Element>(a, row, c, d_ - c);
-            Tiles::store_elements(out + c, factor * (scale_ * (product - along * of_row)), d_ - c);
+            const V sum = Tiles::load_elements(sums + c, 1, d_ - c);
+            const V rest = sum - along * load_features(of, row, c);
+            Tiles::store_elements(out + c, factor * (scale_ * rest), d_ - c);
         }
         return dot;
+    }
+
+    CLIPFAST_INLINE V load_features(const Sums& of, index_t row, index_t col) const {
+        return Tiles::template load_row<Element>(of.features, of.first + row, col, d_ - col);
+    }
+
+    static CLIPFAST_INLINE void add_dot(Doubles (&dot)[2], V a, V b) {
+        dot[0] += Tiles::template half<0>(a) * Tiles::template half<0>(b);
+        dot[1] += Tiles::template half<1>(a) * Tiles::template half<1>(b);
+    }
+    static double total(const Doubles (&dot)[2]) {
+        return reduce<double, W / 2>(dot[0] + dot[1], [](auto p, auto q) { return p + q; });
     }
 
     Block block_;
@@ -332,11 +367,11 @@ class Kernel {
     Chunks<Tiles> chunks_;
     PackedRows<Tiles, Element> rows_;
     Team team_;
-    T* scratch_ = nullptr;  // a group of logits for each thread
+    T* scratch_ = nullptr;
     Operand *x_rows_ = nullptr, *y_rows_ = nullptr;  // of a chunk, as operands of G^T x and G y
     index_t row_capacity_ = 0, col_capacity_ = 0;    // of them
-    Gradient gradient_{nullptr, 0, 0};
-    T *dx_apart_ = nullptr, *dy_apart_ = nullptr;
+    Gradient gradient_{nullptr, 0};
+    T *dx_apart_ = nullptr, *dy_apart_ = nullptr;    // sums of more than one chunk, or of rows of length 1
     double* dots_ = nullptr;
 };
 

@@ -26,14 +26,6 @@ struct Index {
     constexpr operator index_t() const { return at; }
 };
 
-// Sums in memory, [rows][stride], of which `cols` columns count. Fresh ones are not there yet.
-template <class T>
-struct TileSums {
-    T* at;
-    index_t stride, rows, cols;
-    bool fresh;
-};
-
 // A tile of kRows_ rows by kVectors_ vectors.
 template <class T, int W_, int kVectors_, int kRows_>
 struct TileShape : Lanes<T, W_> {
@@ -53,25 +45,15 @@ struct TileShape : Lanes<T, W_> {
         else visit(std::integral_constant<int, 1>{});
     }
 
-    // Adds a tile to the sums, as far as it goes.
+    // Adds a tile to sums in memory, [kRows][kWidth]; fresh ones are not there yet.
     template <int NV>
-    static CLIPFAST_INLINE void add_tile(const V (&sum)[kRows][NV], const TileSums<T>& to) {
-        if (to.rows >= kRows && to.cols >= NV * W) {
+    static CLIPFAST_INLINE void add_tile(const V (&sum)[kRows][NV], T* to, bool fresh) {
 #pragma GCC unroll 16
-            for (int i = 0; i < kRows; ++i)
+        for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) {
-                    T* const at = to.at + i * to.stride + v * W;
-                    store_vector(at, to.fresh ? sum[i][v] : load_vector<V>(at) + sum[i][v]);
-                }
-            return;
-        }
-        T tile[kRows][NV * W];
-        std::memcpy(tile, sum, sizeof tile);
-        for (index_t i = 0; i < std::min<index_t>(to.rows, kRows); ++i)
-            for (index_t j = 0; j < std::min<index_t>(to.cols, NV * W); ++j) {
-                T& at = to.at[i * to.stride + j];
-                at = to.fresh ? tile[i][j] : at + tile[i][j];
+            for (int v = 0; v < NV; ++v) {
+                T* const at = to + i * kWidth + v * W;
+                store_vector(at, fresh ? sum[i][v] : load_vector<V>(at) + sum[i][v]);
             }
     }
 };
@@ -127,32 +109,51 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
         return std::min(kDepth, round_up(index_t(near), kWidth));
     }
 
-    // visit(sum[kRows][NV]) with x y^T of kRows rows and a panel of NV vectors, both packed.
+    // visit(sum[kRows][NV]) with x y^T of kRows rows, `stride` numbers apart, and a packed panel of NV vectors.
     template <int NV, class Visit>
-    static CLIPFAST_INLINE void multiply_rows(index_t d, const T* left, const T* right, const Visit& visit) {
+    static CLIPFAST_INLINE void multiply_rows(index_t d, const T* left, index_t stride, const T* right,
+                                              const Visit& visit) {
         V total[kRows][NV];
         for (index_t k = 0; k < d; k += kDotDepth)
-            multiply<NV, 1, kRows>(1, std::min(kDotDepth, d - k), left + k * kRows, 0, right + k * NV * W,
-                                   [&](const V (&sum)[kRows][NV]) {
+            multiply<NV>(1, std::min(kDotDepth, d - k), left + k, stride, 1, 0, right + k * NV * W,
+                         [&](const V (&sum)[kRows][NV]) {
 #pragma GCC unroll 16
-                                       for (int i = 0; i < kRows; ++i)
+                             for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-                                           for (int v = 0; v < NV; ++v)
-                                               total[i][v] = k ? total[i][v] + sum[i][v] : sum[i][v];
-                                   });
+                                 for (int v = 0; v < NV; ++v)
+                                     total[i][v] = k ? total[i][v] + sum[i][v] : sum[i][v];
+                         });
         visit(total);
     }
 
-    // Rows of x as the left operand of x y^T: [row / kRows][d][kRows].
+    // Whether rows of x are the left operand of x y^T as they lie; else they are packed, [row][d].
+    template <class Element>
+    static bool is_left(const Matrix& x) {
+        return std::is_same_v<Element, T> && x.col_stride == 1 && !x.factors;
+    }
     template <class Element>
     static void pack_left(const Matrix& x, index_t row, index_t rows, T* out) {
-        pack_transposed<Element, kRows>(x, row, rows, out);
+        for (index_t r = 0; r < round_up(rows, kRows); ++r, out += x.cols)
+            for (index_t c = 0; c < x.cols; c += W) {
+                const index_t count = x.cols - c;
+                const V of_row = r < rows ? Shape::template load_row<Element>(x, row + r, c, count) : V{};
+                Shape::store_elements(out + c, of_row, count);
+            }
     }
 
     // Up to NV vectors of rows of y as its right operand, a panel: [d][NV * W].
     template <class Element, int NV>
     static void pack_right(const Matrix& y, index_t row, index_t rows, T* out) {
-        pack_transposed<Element, NV * W>(y, row, rows, out);
+        for (index_t r = 0; r < rows; r += W)
+            for (index_t c = 0; c < y.cols; c += W) {
+                V block[W];
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i)
+                    block[i] = r + i < rows ? Shape::template load_row<Element>(y, row + r + i, c, y.cols - c) : V{};
+                transpose<W>(block);
+                const index_t terms = std::min<index_t>(W, y.cols - c);
+                for (index_t k = 0; k < terms; ++k) store_vector(out + (c + k) * NV * W + r, block[k]);
+            }
     }
 
     // Rows [row, row + rows) of a as the right operand of G y or G^T x: columns [col, col + cols) in a panel
@@ -170,32 +171,34 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
     // G of a chunk: panels of [rows][kWidth].
     class Gradient {
       public:
+        static constexpr bool kInPlace = true;  // of as many bytes as its logits, group by group
         static index_t operands(index_t rows, index_t cols) { return rows * cols; }
-        Gradient(T* panels, index_t rows, index_t) : panels_(panels), rows_(rows) {}
+        Gradient(T* panels, index_t rows) : panels_(panels), rows_(rows) {}
 
         // Where the logits of a group are to become G.
         T* place(index_t panel, index_t row, T*) const { return panels_ + (panel * rows_ + row) * kWidth; }
         template <class Group>
         void keep(const Group&, index_t, index_t) const {}
 
-        // G y of G's rows [row, row + kRows) and columns [k, k + terms), k a multiple of kWidth. y is packed.
+        // G y of G's rows [row, row + kRows) and columns [k, k + terms), k a multiple of kWidth, as add_tile adds it.
+        // y is packed.
         template <int NV>
-        void add_rows(index_t row, index_t k, index_t terms, const T* y, index_t, TileSums<T> to) const {
+        void add_rows(index_t row, index_t k, index_t terms, const T* y, index_t, T* to, bool fresh) const {
             // Whole panels of G, then what is left.
             const index_t panel_size = rows_ * kWidth, whole = terms / kWidth * kWidth;
             const T* g = panels_ + k / kWidth * panel_size + row * kWidth;
             y += k * NV * W;
-            if (whole) add_product<NV, kWidth, 1>(whole / kWidth, kWidth, g, panel_size, y, to);
-            if (whole) to.fresh = false;
+            if (whole) add_product<NV, kWidth, 1>(whole / kWidth, kWidth, g, panel_size, y, to, fresh);
             if (whole < terms)
-                add_product<NV, kWidth, 1>(1, terms - whole, g + whole * rows_, 0, y + whole * NV * W, to);
+                add_product<NV, kWidth, 1>(1, terms - whole, g + whole * rows_, 0, y + whole * NV * W, to,
+                                           fresh && !whole);
         }
 
         // G^T x of G's columns [col, col + kRows) and rows [k, k + terms). x is packed.
         template <int NV>
-        void add_cols(index_t col, index_t k, index_t terms, const T* x, index_t, const TileSums<T>& to) const {
+        void add_cols(index_t col, index_t k, index_t terms, const T* x, index_t, T* to, bool fresh) const {
             const T* g = panels_ + (col / kWidth * rows_ + k) * kWidth + col % kWidth;
-            add_product<NV, 1, kWidth>(1, terms, g, 0, x + k * NV * W, to);
+            add_product<NV, 1, kWidth>(1, terms, g, 0, x + k * NV * W, to, fresh);
         }
 
       private:
@@ -205,10 +208,10 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
 
   private:
     // visit(sum[kRows][NV]) with sum_iv = sum_k A_ik B_kv over `runs` runs of `terms` terms. A_ik lies at
-    // a[i * kARow + k * kACol], a run a_run after the one before; B is packed, [runs * terms][NV * W].
-    template <int NV, index_t kARow, index_t kACol, class Visit>
-    static CLIPFAST_INLINE void multiply(index_t runs, index_t terms, const T* a, index_t a_run, const T* b,
-                                         const Visit& visit) {
+    // a[i * a_row + k * a_col], a run a_run after the one before; B is packed, [runs * terms][NV * W].
+    template <int NV, class Visit>
+    static CLIPFAST_INLINE void multiply(index_t runs, index_t terms, const T* a, index_t a_row, index_t a_col,
+                                         index_t a_run, const T* b, const Visit& visit) {
         V sum[kRows][NV];
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i)
@@ -216,14 +219,14 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
             for (int v = 0; v < NV; ++v) sum[i][v] = V{};
         for (index_t run = 0; run < runs; ++run, a += a_run) {
             const T* a_k = a;
-            for (index_t k = 0; k < terms; ++k, a_k += kACol, b += NV * W) {
+            for (index_t k = 0; k < terms; ++k, a_k += a_col, b += NV * W) {
                 V row[NV];
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) row[v] = load_vector<V>(b + v * W);
 #pragma GCC unroll 16
                 for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-                    for (int v = 0; v < NV; ++v) sum[i][v] += a_k[i * kARow] * row[v];
+                    for (int v = 0; v < NV; ++v) sum[i][v] += a_k[i * a_row] * row[v];
             }
         }
         visit(sum);
@@ -231,38 +234,9 @@ struct Tile : TileShape<T, Isa::kVectorBytes / sizeof(T), 3, std::min<int>(Isa::
 
     template <int NV, index_t kARow, index_t kACol>
     CLIPFAST_NOINLINE static void add_product(index_t runs, index_t terms, const T* a, index_t a_run, const T* b,
-                                              const TileSums<T>& to) {
-        multiply<NV, kARow, kACol>(runs, terms, a, a_run, b,
-                                   [&](const V (&sum)[kRows][NV]) { Shape::template add_tile<NV>(sum, to); });
-    }
-
-    // out[r / Width][c][r % Width] = a[row + r][c] for r in [0, rows). Up to W rows more are written, with zeros.
-    template <class Element, int Width>
-    static void pack_transposed(const Matrix& a, index_t row, index_t rows, T* out) {
-        for (index_t r = 0; r < rows; r += W)
-            for (index_t c = 0; c < a.cols; c += W) {
-                V block[W];
-#pragma GCC unroll 16
-                for (int i = 0; i < W; ++i)
-                    block[i] = r + i < rows ? Shape::template load_row<Element>(a, row + r + i, c, a.cols - c)
-                                            : V{};
-                transpose<W>(block);
-                const index_t terms = std::min<index_t>(W, a.cols - c);
-                if constexpr (Width % W == 0) {
-                    for (index_t k = 0; k < terms; ++k)
-                        store_vector(out + (r / Width * a.cols + c + k) * Width + r % Width, block[k]);
-                } else {
-                    static_assert(W == 2 * Width);
-                    T* const first = out + (r / Width * a.cols + c) * Width;
-                    T* const to[] = {first, first + a.cols * Width};
-#pragma GCC unroll 16
-                    for (index_t k = 0; k < W; k += 2) {  // two columns of either half lie side by side
-                        swap_blocks<Width, W>(block[k], block[k + 1], std::make_integer_sequence<int, W>{});
-                        for (int h = 0; h < 2; ++h)
-                            Lanes<T, W>::store_elements(to[h] + k * Width, block[k + h], (terms - k) * Width);
-                    }
-                }
-            }
+                                              T* to, bool fresh) {
+        multiply<NV>(runs, terms, a, kARow, kACol, a_run, b,
+                     [&](const V (&sum)[kRows][NV]) { Shape::template add_tile<NV>(sum, to, fresh); });
     }
 };
 

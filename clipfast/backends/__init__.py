@@ -6,7 +6,8 @@ Every backend holds the same names, and the nouns of clipfast/block.py say what 
     unsupported_reasons(problem) -> tuple of sentences, empty if it can run
     reasons_against_auto(problem) -> tuple of sentences why it runs only when it is named, though it can run; else empty
     folds_norms(dtype) -> whether it takes blocks with factors
-    workspace_bytes(problem) -> bound on the peak of its temporaries in forward and backward, outputs excluded
+    workspace_bytes(problem) -> bound on the peak of its temporaries in forward and backward, outputs excluded, of
+                                contiguous features
     forward(block, matches=None) -> Statistics
     backward(block, weights, dtype) -> Gradients, dx and dy in `dtype`: the block's or its accumulation dtype
     matches(block) -> Matches

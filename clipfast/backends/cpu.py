@@ -24,7 +24,7 @@ from clipfast.block import (
     Weights,
     gradient_dtypes,
 )
-from clipfast.problem import DISTILLATION, RANKS, SIGMOID, SYMMETRIC, Problem, accumulation_dtype
+from clipfast.problem import DISTILLATION, NORMS, RANKS, SIGMOID, SYMMETRIC, Problem, accumulation_dtype
 
 
 def _why_missing(error: ImportError) -> str:
@@ -110,7 +110,8 @@ def folds_norms(dtype: torch.dtype) -> bool:
 
 
 def workspace_bytes(problem: Problem) -> int:
-    x, y = (_cpu.Matrix(0, rows, problem.d, problem.d, 1) for rows in (problem.n, problem.m))
+    factors = int(NORMS in problem.needs)  # an address that is not read
+    x, y = (_cpu.Matrix(0, rows, problem.d, problem.d, 1, factors) for rows in (problem.n, problem.m))
     block = _cpu.Block(dtype=_name(problem.dtype), product=_product(problem.dtype), x=x, y=y)
     return _cpu.workspace_bytes(
         instruction_set(),
