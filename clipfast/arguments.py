@@ -122,7 +122,9 @@ def plain(name: str, value: Tensor) -> Tensor:
         return value
     if torch._is_functional_tensor(value):
         raise TypeError(f"{name}: got a functional tensor (torch.func.functionalize); accepted is one in plain memory")
-    return value.clone() if value._is_zerotensor() else value.resolve_neg()
+    if value._is_zerotensor():
+        return value.clone()
+    return value.resolve_neg() if value.is_neg() else value
 
 
 def scalar(name: str, value: object, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -201,7 +201,7 @@ _UNWATCHED = {Tensor, torch.nn.Parameter, type(None), bool, float, str, torch.dt
 
 def _is_one(gradient: Tensor) -> bool:
     """Whether what was formed can be given away as it is: it is not looked at again, and no device is waited for."""
-    return gradient.device.type == "cpu" and not _graph_is_kept() and gradient.item() == 1
+    return gradient.is_cpu and not _graph_is_kept() and gradient.item() == 1
 
 
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

@@ -181,10 +181,13 @@ def _decide(
     return options, allowed, not projected and forms_gradients(options, ids)
 
 
+_ALONE: AbstractContextManager[None] = nullcontext()
+
+
 def telling(group: Any, image_features: object, equal_shards: bool) -> AbstractContextManager[None]:
     """An error in the arguments is told to the other ranks, which wait for this one."""
     if group is None:
-        return nullcontext()
+        return _ALONE
     arguments.flag("equal_shards", equal_shards)
     return refusing(group, arguments.device_of(image_features), equal_shards)
 

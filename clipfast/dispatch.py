@@ -20,6 +20,8 @@ ENVIRONMENT_VARIABLE = "CLIPFAST_BACKEND"
 KEEP_VARIABLE = "CLIPFAST_KEEP_BYTES"
 KEEP_BYTES = 80 << 20  # of logits: n = 4096 in float32 fits
 
+_VARIABLES = (ENVIRONMENT_VARIABLE, KEEP_VARIABLE, triton.INTERPRETER_VARIABLE, cpu.ENVIRONMENT_VARIABLE)
+
 
 def names() -> tuple[str, ...]:
     return tuple(backend.NAME for backend in BACKENDS)
@@ -42,8 +44,7 @@ def environment() -> tuple[str | None, ...]:
     """What a choice depends on beside its arguments, in a process that has what it has."""
     if torch.compiler.is_compiling():  # which cannot trace the others, and nothing is remembered then
         return (os.environ.get(ENVIRONMENT_VARIABLE),)
-    asked = (ENVIRONMENT_VARIABLE, KEEP_VARIABLE, triton.INTERPRETER_VARIABLE, cpu.ENVIRONMENT_VARIABLE)
-    return *map(cpu.getenv, asked), torch.get_float32_matmul_precision()
+    return *map(cpu.getenv, _VARIABLES), torch.get_float32_matmul_precision()
 
 
 def select(problem: Problem, backend: object = "auto") -> str:
