@@ -145,7 +145,7 @@ def finite(shift):
 
 @triton.jit
 def shifted(total, exponent):
-    """total * exp2(exponent). By two factors: it may be a normal number where exp2(exponent) is none, which would be 0."""
+    """total * exp2(exponent). By two factors: it may be a normal number where exp2(exponent) is none and would be 0."""
     half = tl.exp2(0.5 * exponent)
     return total * half * half
 
