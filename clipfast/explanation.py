@@ -21,8 +21,9 @@ LOSSES = {"contrastive": frozenset(), "siglip": frozenset({SIGMOID}), "distillat
 class Explanation:
     """What a loss would do with a problem; print it to read it.
 
-    Bytes are bounds, P counts matrix products of n*m*d multiply-adds (2*n*m*d floating-point operations each). Over
-    several ranks all is of each rank, the problem is the block that it visits at a time, and P the whole job's.
+    Bytes are bounds for contiguous features, P counts matrix products of n*m*d multiply-adds (2*n*m*d floating-point
+    operations each). Over several ranks all is of each rank, the problem is the block that it visits at a time, and P
+    the whole job's.
     """
 
     problem: Problem

@@ -11,6 +11,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "block.h"
 
@@ -64,9 +67,14 @@ class Buffer {
     // The next part, of `size` numbers.
     template <class T>
     T* take(index_t size) {
-        T* part = memory_ ? reinterpret_cast<T*>(memory_->begin() + used_) : nullptr;
-        used_ += (size * index_t{sizeof(T)} + index_t{kLine} - 1) / index_t{kLine} * index_t{kLine};
-        return part;
+        char* const part = memory_ ? memory_->begin() + used_ : nullptr;
+        const index_t bytes = size * index_t{sizeof(T)};
+        const index_t end = (bytes + index_t{kLine} - 1) / index_t{kLine} * index_t{kLine} + kGap;
+#ifdef __SANITIZE_ADDRESS__
+        if (part) __asan_poison_memory_region(part + bytes, end - bytes);
+#endif
+        used_ += end;
+        return reinterpret_cast<T*>(part);
     }
 
     // The next parts twice, for two uses that do not meet: what either lambda takes begins in one place.
@@ -74,16 +82,17 @@ class Buffer {
     void share(const First& first, const Second& second) {
         const index_t begin = used_;
         first();
-        const index_t end = std::exchange(used_, begin);
+        const index_t end = kGap ? used_ : std::exchange(used_, begin);
         second();
         used_ = std::max(used_, end);
     }
 
   private:
 #ifdef __SANITIZE_ADDRESS__
-    static constexpr index_t kSpareBytes = 0;  // it sees the ends of what is allocated
+    // It sees the ends of what is allocated, and of the parts.
+    static constexpr index_t kSpareBytes = 0, kGap = kLine;
 #else
-    static constexpr index_t kSpareBytes = 128 << 20;
+    static constexpr index_t kSpareBytes = 128 << 20, kGap = 0;
 #endif
 
     struct Memory {

@@ -268,9 +268,8 @@ class Kernel {
                     add_up<Out>(sums, row, rows, col, products);
                 }
         });
-        double dot = std::accumulate(dots_, dots_ + dots(), 0.0);
-        dot += finish<Out>(dx), finish<Out>(dy);
-        return Tiles::kRounds ? 0 : dot;
+        finish<Out>(dx), finish<Out>(dy);
+        return std::accumulate(dots_, dots_ + dots(), 0.0);
     }
 
     // G y of a few rows and a panel of its columns, [kGroup][kWidth].
@@ -317,16 +316,16 @@ class Kernel {
         if (dots) to.dots[row / kGroup * ceil_div(d_, kWidth) + col / kWidth] = total(dot);
     }
 
-    // The gradients of rows of length 1, of their whole sums; returns the products of the sums and the rows.
+    // The gradients of rows of length 1, of their whole sums.
     template <class Out>
-    double finish(const Sums& of) {
-        if (!of.whole || !of.features.factors) return 0;
-        std::fill(dots_, dots_ + dots(), 0.0);
+    void finish(const Sums& of) {
+        if (!of.whole || !of.features.factors) return;
         team_.for_each(ceil_div(of.rows, kGroup), [&](int, index_t group) {
-            for (index_t i = group * kGroup; i < std::min(of.rows, (group + 1) * kGroup); ++i)
-                dots_[group] += finish_row<Out>(of, i);
+            for (index_t i = group * kGroup; i < std::min(of.rows, (group + 1) * kGroup); ++i) {
+                const double dot = finish_row<Out>(of, i);
+                if (of.dots) of.dots[group] += dot;
+            }
         });
-        return std::accumulate(dots_, dots_ + dots(), 0.0);
     }
 
     // A row u = f a of length 1 has the gradient f (g - <g, u> u) by a, g = scale times its sums, where the norm is not

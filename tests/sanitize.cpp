@@ -28,6 +28,7 @@ const std::vector<Shape> kAwkward = {
 const std::vector<Shape> kParallel = {
     {257, 65, 129, 3},                        // several blocks of rows, several panels of columns and of d
     {67, 523, 45, 400, Ids::positive, true},  // several blocks of columns, more terms than a sum takes at a time
+    {5, 900, 8, 890, Ids::ignore, true},      // many more columns than rows
     {521, 33, 97, -30, Ids::ignore},
     {4100, 31, 12, 5}};                       // several chunks of rows
 // Several chunks of rows and of columns, in float64.
