@@ -262,8 +262,7 @@ class Kernel {
                      row += kGroup) {
                     const index_t col = panel * kWidth, rows = std::min(kGroup, sums.rows - row);
                     Tiles::with_vectors(d_ - col, [&](auto vectors) {
-                        if (is_dx) multiply_rows<vectors.value>(row, rows, dy.rows, col, products);
-                        else multiply_cols<vectors.value>(row, rows, dx.rows, col, products);
+                        multiply<vectors.value>(is_dx, row, rows, is_dx ? dy.rows : dx.rows, col, products);
                     });
                     add_up<Out>(sums, row, rows, col, products);
                 }
@@ -272,26 +271,19 @@ class Kernel {
         return std::accumulate(dots_, dots_ + dots(), 0.0);
     }
 
-    // G y of a few rows and a panel of its columns, [kGroup][kWidth].
+    // G y (of dx) or G^T x, of a few rows and a panel of their columns, [kGroup][kWidth].
     template <int NV>
-    void multiply_rows(index_t first, index_t rows, index_t terms, index_t col, T* products) const {
-        const index_t depth = Tiles::depth(chunks_.m);
-        const Operand* y = y_rows_ + packed(col_capacity_, col);
+    void multiply(bool is_dx, index_t first, index_t rows, index_t terms, index_t col, T* products) const {
+        const index_t depth = Tiles::depth(is_dx ? chunks_.m : chunks_.n);
+        const index_t capacity = is_dx ? col_capacity_ : row_capacity_;
+        const Operand* right = (is_dx ? y_rows_ : x_rows_) + packed(capacity, col);
         for (index_t k = 0; k < terms; k += depth)
-            for (index_t i = 0; i < rows; i += kRows)
-                gradient_.template add_rows<NV>(first + i, k, std::min(depth, terms - k), y, col_capacity_,
-                                                products + i * kWidth, k == 0);
-    }
-
-    // The same of G^T x.
-    template <int NV>
-    void multiply_cols(index_t first, index_t rows, index_t terms, index_t col, T* products) const {
-        const index_t depth = Tiles::depth(chunks_.n);
-        const Operand* x = x_rows_ + packed(row_capacity_, col);
-        for (index_t k = 0; k < terms; k += depth)
-            for (index_t j = 0; j < rows; j += kRows)
-                gradient_.template add_cols<NV>(first + j, k, std::min(depth, terms - k), x, row_capacity_,
-                                                products + j * kWidth, k == 0);
+            for (index_t i = 0; i < rows; i += kRows) {
+                const index_t count = std::min(depth, terms - k);
+                T* const to = products + i * kWidth;
+                if (is_dx) gradient_.template add_rows<NV>(first + i, k, count, right, capacity, to, k == 0);
+                else gradient_.template add_cols<NV>(first + i, k, count, right, capacity, to, k == 0);
+            }
     }
 
     // Adds products, [kGroup][kWidth], to a gradient's rows and columns. Scale times whole sums goes out, but for rows

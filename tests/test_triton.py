@@ -30,7 +30,7 @@ from clipfast import reference, tuning
 from clipfast.block import IGNORE, POSITIVE, Weights
 from clipfast.kernels import chunks, launch
 from clipfast.kernels.operands import Operands
-from clipfast.kernels.tiles import MAX_SPREAD
+from clipfast.kernels.tiles import MAX_SPREAD, merge, tl, triton
 from clipfast.norms import l2_normalize
 
 
@@ -73,14 +73,20 @@ def test_scales(scale: float, dtype: torch.dtype) -> None:
         case.check_backward(config=config, strategy=strategy)
 
 
-@pytest.mark.parametrize("of_column", [False, True])
-def test_a_shift_that_moves_far(of_column: bool) -> None:
-    """Sums below its normal exponentials are not lost: a row or column of the tile that moves it may be as low."""
-    rows = torch.tensor([[0.0, 0.0], [19.0, 0.0], [27.0, 100.0]], device=DEVICE).repeat_interleave(192, dim=0)
-    cols = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=DEVICE).repeat(96, 1)
-    x, y = (cols, rows) if of_column else (rows, cols)
-    log2 = torch.tensor(2.0, device=DEVICE).log()
-    Case(x, y, log2, torch.zeros_like(log2), 5000).check_forward(config=STATISTICS)
+@triton.jit
+def merge_two(sums, out):
+    pair = tl.load(sums), tl.load(sums + 1)
+    shift, total = merge(pair[0], pair[1], tl.load(sums + 2), tl.load(sums + 3), 1.0)
+    tl.store(out, shift)
+    tl.store(out + 1, total)
+
+
+def test_a_shift_that_moves_far() -> None:
+    """A sum is not lost for the power of two between the shifts, which is below the numbers that there are."""
+    sums = torch.tensor([0.0, 2.0**60, 160.0, 2.0**-100], device=DEVICE)
+    out = torch.empty(2, device=DEVICE)
+    merge_two[(1,)](sums, out)
+    assert out.tolist() == [160.0, 2.0**-100 + 2.0**-100]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
