@@ -1,88 +1,63 @@
-# Addresses are data_ptr(), 0 where there is nothing; those of scalars are of 0-D tensors in the type that adds features
-# up. csrc/block.h says what the nouns hold.
+# csrc/block.h says what the nouns hold; `precision` is torch.get_float32_matmul_precision().
 
-class Matrix:
-    def __init__(self, data: int, rows: int, cols: int, row_stride: int, col_stride: int, factors: int = 0) -> None: ...
+from torch import Tensor
 
-class Block:
-    def __init__(
-        self,
-        dtype: str,
-        product: str,
-        x: Matrix,
-        y: Matrix,
-        scale: int = 0,
-        bias: int = 0,
-        diag_offset: int = 0,
-        row_ids: int = 0,
-        col_ids: int = 0,
-        ignores_same_ids: bool = True,
-    ) -> None: ...
-
-class Matches:
-    def __init__(self, rows: int = 0, cols: int = 0) -> None: ...
-
-class Statistics:
-    def __init__(
-        self, row_lse: int, col_lse: int, positive: int, row_above: int = 0, col_above: int = 0, kept: int = 0
-    ) -> None: ...
-
-class Weights:
-    def __init__(
-        self,
-        row_lse: int,
-        row_weight: int,
-        col_lse: int,
-        col_weight: int,
-        positive_weight: int,
-        row_target: int = 0,
-        col_target: int = 0,
-        kept: int = 0,
-    ) -> None: ...
-
-class Gradients:
-    def __init__(self, dx: int, dy: int, dtype: str, dscale: int, dbias: int = 0) -> None: ...
-
-class Crosses:
-    def __init__(self, rows: int, cols: int) -> None: ...
+from clipfast.block import Block, Gradients, Matches, Statistics, Weights
 
 KEPT_HEAD: int
 KEPT_PADDING: int
 
-def getenv(name: str, /) -> str | None: ...
+def use_exchange_api(capsule: object, /) -> None: ...
+def getenv(*names: str) -> tuple[str | None, ...]: ...
 def release_workspace() -> None: ...
 def instruction_sets() -> list[tuple[str, bool]]: ...
-def forward(isa: str, block: Block, matches: Matches, out: Statistics, threads: int, /) -> None: ...
-def matches(isa: str, block: Block, out: Matches, threads: int, /) -> None: ...
-def backward(isa: str, block: Block, weights: Weights, out: Gradients, threads: int, /) -> None: ...
+def forward(
+    block: Block, precision: str, threads: int, matches: Matches | None, out: Statistics, /
+) -> None: ...
+def matches(block: Block, precision: str, threads: int, out: Matches, /) -> None: ...
+def backward(block: Block, precision: str, threads: int, weights: Weights, out: Gradients, /) -> None: ...
 def sigmoid(
-    isa: str, block: Block, unit: float, row_loss: int, out: Gradients | None, threads: int, /
+    block: Block, precision: str, threads: int, unit: float, row_loss: Tensor, out: Gradients | None, /
 ) -> float: ...  # dbias
 def distillation(
-    isa: str,
     block: Block,
+    precision: str,
+    threads: int,
     weights: Weights,
     teacher: Block,
     teacher_weights: Weights,
-    crosses: Crosses,
+    row_cross: Tensor,
+    col_cross: Tensor,
     out: Gradients | None,
-    threads: int,
     /,
 ) -> None: ...
 def workspace_bytes(
-    isa: str,
-    block: Block,
+    dtype: str,
+    precision: str,
+    n: int,
+    m: int,
+    d: int,
     *,
-    ranks: bool = False,
-    symmetric: bool = False,
-    sigmoid: bool = False,
-    distillation: bool = False,
+    norms: bool,
+    ranks: bool,
+    symmetric: bool,
+    sigmoid: bool,
+    distillation: bool,
     threads: int,
 ) -> int: ...
-def symmetric(isa: str, block: Block, loss: int, out: Gradients, threads: int, /) -> None: ...
-def symmetric_cross_entropy(row_lse: int, col_lse: int, positive: int, n: int, loss: int, dtype: str, /) -> None: ...
+def symmetric(
+    block: Block, precision: str, threads: int, loss: Tensor, out: Gradients, dbias: Tensor, /
+) -> None: ...
+def symmetric_cross_entropy(statistics: Statistics, n: int, loss: Tensor, /) -> None: ...
 def symmetric_gradients(
-    isa: str, block: Block, statistics: Statistics, gradient: float, out: Gradients, threads: int, /
+    block: Block,
+    precision: str,
+    threads: int,
+    statistics: Statistics,
+    gradient: float,
+    out: Gradients,
+    dbias: Tensor,
+    /,
 ) -> None: ...
 def multiply_adds(isa: str, dtype: str, rounds: int, /) -> float: ...
 def exp2(isa: str, dtype: str, x: int, out: int, count: int, /) -> None: ...

@@ -44,7 +44,7 @@ def environment() -> tuple[str | None, ...]:
     """What a choice depends on beside its arguments, in a process that has what it has."""
     if torch.compiler.is_compiling():  # which cannot trace the others, and nothing is remembered then
         return (os.environ.get(ENVIRONMENT_VARIABLE),)
-    return *map(cpu.getenv, _VARIABLES), torch.get_float32_matmul_precision()
+    return *cpu.environment(*_VARIABLES), torch.get_float32_matmul_precision()
 
 
 def select(problem: Problem, backend: object = "auto") -> str:

@@ -1,5 +1,5 @@
-// clipfast._cpu: addresses, strides and scalars in, nothing computed here. Arguments are checked by the Python side,
-// but for what would end the process.
+// clipfast._cpu: tensors and the nouns of clipfast/block.h in, nothing computed here. Arguments are checked by the Python
+// side, but for what would end the process.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +15,7 @@
 #include "buffer.h"
 #include "cross_entropy.h"
 #include "kernels.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -22,10 +23,8 @@ using namespace clipfast;
 
 namespace {
 
-using Address = std::uintptr_t;  // 0 where there is nothing
-
 template <class T>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+T* pointer(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 DType dtype_from(const std::string& name) {
     if (name == "float32") return DType::float32;
@@ -35,11 +34,14 @@ DType dtype_from(const std::string& name) {
     throw std::invalid_argument("dtype: got " + name + "; accepted are float32, float64, bfloat16, float16");
 }
 
-Product product_from(const std::string& name) {
-    if (name == "exact") return Product::exact;
-    if (name == "bfloat16x3") return Product::bfloat16x3;
-    if (name == "bfloat16") return Product::bfloat16;
-    throw std::invalid_argument("product: got " + name + "; accepted are exact, bfloat16x3, bfloat16");
+// What torch.get_float32_matmul_precision says of float32; the kernels know which of the kinds pay on the instruction set
+// in use, and take a more exact one where they do not.
+Product product_of(DType dtype, const std::string& precision) {
+    if (dtype == DType::bfloat16) return Product::bfloat16;
+    if (dtype != DType::float32 || precision == "highest") return Product::exact;
+    if (precision == "high") return Product::bfloat16x3;
+    if (precision == "medium") return Product::bfloat16;
+    throw std::invalid_argument("precision: got " + precision + "; accepted are highest, high, medium");
 }
 
 const Kernels& kernels_named(const std::string& name) {
@@ -48,41 +50,66 @@ const Kernels& kernels_named(const std::string& name) {
     throw std::invalid_argument("isa: this processor has no " + name);
 }
 
-Matrix make_matrix(Address data, index_t rows, index_t cols, index_t row_stride, index_t col_stride, Address factors) {
-    return {pointer<void>(data), rows, cols, row_stride, col_stride, pointer<void>(factors)};
+const Kernels& best_kernels() {
+    for (const Kernels& kernels : instruction_sets())
+        if (kernels.available()) return kernels;
+    throw std::runtime_error("this processor has none of the instruction sets");
 }
 
-// A 0-D tensor of the type that adds features of `dtype` up.
-double get(Address address, DType dtype) {
-    return dtype == DType::float64 ? *pointer<double>(address) : *pointer<float>(address);
+// The instruction set that the environment names, or the best that this processor has.
+const Kernels& kernels_in_use() {
+    static const Kernels& best = best_kernels();
+    const char* name = std::getenv("CLIPFAST_CPU_ISA");
+    return name && *name ? kernels_named(name) : best;
 }
 
-void put(double value, Address address, DType dtype) {
-    if (!address) return;
-    if (dtype == DType::float64)
-        *pointer<double>(address) = value;
-    else
-        *pointer<float>(address) = static_cast<float>(value);  // inf beyond its range, as IEEE 754 rounds
-}
+// The nouns, from NamedTuples of tensors in the order of clipfast/block.h.
 
-Block make_block(const std::string& dtype, const std::string& product, const Matrix& x, const Matrix& y, Address scale,
-                 Address bias, index_t diag_offset, Address row_ids, Address col_ids, bool ignores_same_ids) {
-    if (x.rows < 1 || y.rows < 1 || x.cols < 1 || x.cols != y.cols)
-        throw std::invalid_argument("x, y: got [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) + "] and [" +
-                                    std::to_string(y.rows) + ", " + std::to_string(y.cols) +
+template <class T>
+T* data(py::handle tensor) { return Tensor(tensor).data<T>(); }
+
+Block block_of(const py::tuple& block, const std::string& precision) {
+    const Tensor x(block[0]), y(block[1]), scale(block[2]), bias(block[3]), x_factor(block[5]), y_factor(block[6]);
+    const Matrix rows = x.matrix(x_factor), cols = y.matrix(y_factor);
+    if (rows.rows < 1 || cols.rows < 1 || rows.cols < 1 || rows.cols != cols.cols)
+        throw std::invalid_argument("x, y: got [" + std::to_string(rows.rows) + ", " + std::to_string(rows.cols) +
+                                    "] and [" + std::to_string(cols.rows) + ", " + std::to_string(cols.cols) +
                                     "]; accepted are [n, d] and [m, d], n, m and d at least 1");
-    const DType of = dtype_from(dtype);
-    const double scale_value = scale ? get(scale, of) : 1, bias_value = bias ? get(bias, of) : 0;
-    return {of, product_from(product), x, y, scale_value, bias_value, diag_offset,
-            pointer<std::int32_t>(row_ids), pointer<std::int32_t>(col_ids), ignores_same_ids};
+    return {x.dtype(), product_of(x.dtype(), precision), rows, cols, scale.get(1), bias.get(0),
+            block[4].cast<index_t>(), data<std::int32_t>(block[7]), data<std::int32_t>(block[8]),
+            block[9].cast<std::string>() == "ignore"};
 }
 
-Weights make_weights(Address row_lse, Address row_weight, Address col_lse, Address col_weight, Address positive_weight,
-                     Address row_target, Address col_target, Address kept) {
-    return {pointer<double>(row_lse),    pointer<double>(row_weight),      pointer<double>(col_lse),
-            pointer<double>(col_weight), pointer<double>(positive_weight), pointer<double>(row_target),
-            pointer<double>(col_target), pointer<void>(kept)};
+Matches matches_of(const py::tuple& of) { return {data<double>(of[0]), data<double>(of[1])}; }
+
+Statistics statistics_of(const py::tuple& of) {
+    return {data<double>(of[0]),       data<double>(of[1]),       data<double>(of[2]),
+            data<std::int32_t>(of[3]), data<std::int32_t>(of[4]), data<void>(of[5])};
 }
+
+Weights weights_of(const py::tuple& of) {
+    return {data<double>(of[0]), data<double>(of[1]), data<double>(of[2]), data<double>(of[3]),
+            data<double>(of[4]), data<double>(of[5]), data<double>(of[6]), data<void>(of[7])};
+}
+
+// Where a pass puts its gradients.
+struct Outputs {
+    Gradients gradients;
+    Tensor dscale, dbias;
+
+    // None where no gradients are wanted.
+    explicit Outputs(const std::optional<py::tuple>& of, py::handle dbias = py::none())
+        : dscale(of ? py::handle((*of)[2]) : py::none()), dbias(dbias) {
+        if (!of) return;
+        const Tensor dx((*of)[0]), dy((*of)[1]);
+        gradients = {dx.data<void>(), dy.data<void>(), dx.dtype()};
+    }
+
+    void put(const Scalars& scalars) const {
+        dscale.put(scalars.dscale);
+        dbias.put(scalars.dbias);
+    }
+};
 
 // Whether a signal's handler has raised an exception: in the main thread, which is the only one that handlers run in.
 bool signalled() {
@@ -93,24 +120,14 @@ bool signalled() {
 // Of the process, in which Python's signal handlers run unless another program has Python in it.
 bool in_main_thread() { return syscall(SYS_gettid) == getpid(); }
 
-// Where a pass puts its gradients; dscale and dbias are 0-D tensors of the type that adds features up.
-struct Outputs {
-    Gradients gradients;
-    Address dscale, dbias;
-
-    void put_scalars(const Scalars& scalars, DType dtype) const {
-        put(scalars.dscale, dscale, dtype);
-        put(scalars.dbias, dbias, dtype);
-    }
-};
-
 // Runs a pass without Python's lock; its errors become Python's.
 template <class Pass>
 auto run(const Block& block, int threads, const Pass& pass) {
+    const Kernels& kernels = kernels_in_use();
     const Execution execution{threads, in_main_thread() ? signalled : nullptr};
     try {
         const py::gil_scoped_release unlocked;
-        return pass(execution);
+        return pass(kernels, execution);
     } catch (const Interrupted&) {
         throw py::error_already_set();
     } catch (const OutOfMemory& error) {
@@ -122,115 +139,102 @@ auto run(const Block& block, int threads, const Pass& pass) {
     }
 }
 
-void bind_nouns(py::module_& module) {
-    py::class_<Matrix>(module, "Matrix")
-        .def(py::init(&make_matrix), "data"_a, "rows"_a, "cols"_a, "row_stride"_a, "col_stride"_a,
-             "factors"_a = 0);
-    py::class_<Block>(module, "Block")
-        .def(py::init(&make_block), "dtype"_a, "product"_a, "x"_a, "y"_a, "scale"_a = 0,
-             "bias"_a = 0, "diag_offset"_a = 0, "row_ids"_a = 0, "col_ids"_a = 0, "ignores_same_ids"_a = true);
-    py::class_<Matches>(module, "Matches").def(py::init([](Address rows, Address cols) {
-        return Matches{pointer<double>(rows), pointer<double>(cols)};
-    }), "rows"_a = 0, "cols"_a = 0);
-    py::class_<Statistics>(module, "Statistics")
-        .def(py::init([](Address row_lse, Address col_lse, Address positive, Address row_above, Address col_above,
-                         Address kept) {
-                 return Statistics{pointer<double>(row_lse),        pointer<double>(col_lse),
-                                   pointer<double>(positive),       pointer<std::int32_t>(row_above),
-                                   pointer<std::int32_t>(col_above), pointer<void>(kept)};
-             }),
-             "row_lse"_a, "col_lse"_a, "positive"_a, "row_above"_a = 0, "col_above"_a = 0, "kept"_a = 0);
-    py::class_<Weights>(module, "Weights")
-        .def(py::init(&make_weights), "row_lse"_a, "row_weight"_a, "col_lse"_a, "col_weight"_a, "positive_weight"_a,
-             "row_target"_a = 0, "col_target"_a = 0, "kept"_a = 0);
-    module.attr("KEPT_HEAD") = kKeptHead;
-    module.attr("KEPT_PADDING") = kKeptPadding;
-    py::class_<Outputs>(module, "Gradients")
-        .def(py::init([](Address dx, Address dy, const std::string& dtype, Address dscale, Address dbias) {
-                 return Outputs{{pointer<void>(dx), pointer<void>(dy), dtype_from(dtype)}, dscale, dbias};
-             }),
-             "dx"_a, "dy"_a, "dtype"_a, "dscale"_a, "dbias"_a = 0);
-    py::class_<Crosses>(module, "Crosses").def(py::init([](Address rows, Address cols) {
-        return Crosses{pointer<double>(rows), pointer<double>(cols)};
-    }), "rows"_a, "cols"_a);
-}
-
 void bind_passes(py::module_& module) {
-    module.def("forward", [](const std::string& isa, const Block& block, const Matches& matches, const Statistics& out,
-                             int threads) {
-        const Kernels& kernels = kernels_named(isa);
-        run(block, threads, [&](const Execution& with) { kernels.forward(block, with, matches, out); });
+    module.def("forward", [](const py::tuple& of, const std::string& precision, int threads,
+                             const std::optional<py::tuple>& given, const py::tuple& out) {
+        const Block block = block_of(of, precision);
+        const Matches matches = given ? matches_of(*given) : Matches{};
+        const Statistics statistics = statistics_of(out);
+        run(block, threads, [&](const Kernels& kernels, const Execution& with) {
+            kernels.forward(block, with, matches, statistics);
+        });
     });
-    module.def("matches", [](const std::string& isa, const Block& block, const Matches& out, int threads) {
-        const Kernels& kernels = kernels_named(isa);
-        run(block, threads, [&](const Execution& with) { kernels.matches(block, with, out); });
+    module.def("matches", [](const py::tuple& of, const std::string& precision, int threads, const py::tuple& out) {
+        const Block block = block_of(of, precision);
+        const Matches matches = matches_of(out);
+        run(block, threads, [&](const Kernels& kernels, const Execution& with) {
+            kernels.matches(block, with, matches);
+        });
     });
-    module.def("backward", [](const std::string& isa, const Block& block, const Weights& weights, const Outputs& out,
-                              int threads) {
-        const Kernels& kernels = kernels_named(isa);
-        const Scalars scalars = run(block, threads, [&](const Execution& with) {
+    module.def("backward", [](const py::tuple& of, const std::string& precision, int threads, const py::tuple& given,
+                              const py::tuple& gradients) {
+        const Block block = block_of(of, precision);
+        const Weights weights = weights_of(given);
+        const Outputs out(gradients);
+        out.put(run(block, threads, [&](const Kernels& kernels, const Execution& with) {
             return kernels.backward(block, with, weights, out.gradients);
-        });
-        out.put_scalars(scalars, block.dtype);
+        }));
     });
-    module.def("sigmoid", [](const std::string& isa, const Block& block, double unit, Address row_loss,
-                             const std::optional<Outputs>& given, int threads) {
-        const Kernels& kernels = kernels_named(isa);
-        const Outputs out = given.value_or(Outputs{});
-        const Scalars scalars = run(block, threads, [&](const Execution& with) {
-            return kernels.sigmoid(block, with, unit, pointer<double>(row_loss), out.gradients);
+    module.def("sigmoid", [](const py::tuple& of, const std::string& precision, int threads, double unit,
+                             py::handle row_loss, const std::optional<py::tuple>& gradients) {
+        const Block block = block_of(of, precision);
+        const Outputs out(gradients);
+        auto* const losses = data<double>(row_loss);
+        const Scalars scalars = run(block, threads, [&](const Kernels& kernels, const Execution& with) {
+            return kernels.sigmoid(block, with, unit, losses, out.gradients);
         });
-        out.put_scalars(scalars, block.dtype);
+        out.put(scalars);
         return scalars.dbias;
     });
-    module.def("distillation", [](const std::string& isa, const Block& block, const Weights& weights,
-                                  const Block& teacher, const Weights& teacher_weights, const Crosses& crosses,
-                                  const std::optional<Outputs>& given, int threads) {
-        const Kernels& kernels = kernels_named(isa);
-        const Outputs out = given.value_or(Outputs{});
+    module.def("distillation", [](const py::tuple& of, const std::string& precision, int threads,
+                                  const py::tuple& given, const py::tuple& of_teacher, const py::tuple& by_teacher,
+                                  py::handle row_cross, py::handle col_cross,
+                                  const std::optional<py::tuple>& gradients) {
+        const Block block = block_of(of, precision), teacher = block_of(of_teacher, precision);
         if (teacher.dtype != block.dtype || teacher.n() != block.n() || teacher.m() != block.m())
             throw std::invalid_argument("teacher: has another dtype, n or m than the block");
-        const Scalars scalars = run(block, threads, [&](const Execution& with) {
+        const Weights weights = weights_of(given), teacher_weights = weights_of(by_teacher);
+        const Crosses crosses{data<double>(row_cross), data<double>(col_cross)};
+        const Outputs out(gradients);
+        out.put(run(block, threads, [&](const Kernels& kernels, const Execution& with) {
             return kernels.distillation(block, with, weights, teacher, teacher_weights, crosses, out.gradients);
-        });
-        out.put_scalars(scalars, block.dtype);
+        }));
     });
     module.def(
         "workspace_bytes",
-        [](const std::string& isa, const Block& block, bool ranks, bool symmetric, bool sigmoid, bool distillation,
-           int threads) {
-            return kernels_named(isa).workspace_bytes(block, {threads}, {ranks, symmetric, sigmoid, distillation});
+        [](const std::string& dtype, const std::string& precision, index_t n, index_t m, index_t d, bool norms,
+           bool ranks, bool symmetric, bool sigmoid, bool distillation, int threads) {
+            const DType of = dtype_from(dtype);
+            const int none = 0;
+            const void* const factors = norms ? &none : nullptr;  // an address that is not read
+            const Matrix x{nullptr, n, d, d, 1, factors}, y{nullptr, m, d, d, 1, factors};
+            const Block block{of, product_of(of, precision), x, y, 1, 0, 0};
+            return kernels_in_use().workspace_bytes(block, {threads}, {ranks, symmetric, sigmoid, distillation});
         },
-        "isa"_a, "block"_a, py::kw_only(), "ranks"_a = false, "symmetric"_a = false, "sigmoid"_a = false,
-        "distillation"_a = false, "threads"_a);
+        "dtype"_a, "precision"_a, "n"_a, "m"_a, "d"_a, py::kw_only(), "norms"_a, "ranks"_a, "symmetric"_a, "sigmoid"_a,
+        "distillation"_a, "threads"_a);
+    module.attr("KEPT_HEAD") = kKeptHead;
+    module.attr("KEPT_PADDING") = kKeptPadding;
 }
 
 void bind_cross_entropy(py::module_& module) {
     // The loss and its gradients at once.
-    module.def("symmetric", [](const std::string& isa, const Block& block, Address loss, const Outputs& out,
-                               int threads) {
-        const Kernels& kernels = kernels_named(isa);
-        const Scalars scalars =
-            run(block, threads, [&](const Execution& with) { return kernels.symmetric(block, with, out.gradients); });
-        put(scalars.loss, loss, block.dtype);
-        out.put_scalars(scalars, block.dtype);
+    module.def("symmetric", [](const py::tuple& of, const std::string& precision, int threads, py::handle loss,
+                               const py::tuple& gradients, py::handle dbias) {
+        const Block block = block_of(of, precision);
+        const Outputs out(gradients, dbias);
+        const Scalars scalars = run(block, threads, [&](const Kernels& kernels, const Execution& with) {
+            return kernels.symmetric(block, with, out.gradients);
+        });
+        Tensor(loss).put(scalars.loss);
+        out.put(scalars);
     });
-    module.def("symmetric_cross_entropy", [](Address row_lse, Address col_lse, Address positive, index_t n, Address loss,
-                                             const std::string& dtype) {
-        const Statistics statistics{pointer<double>(row_lse), pointer<double>(col_lse), pointer<double>(positive)};
-        put(symmetric_cross_entropy(statistics, n), loss, dtype_from(dtype));
+    module.def("symmetric_cross_entropy", [](const py::tuple& given, index_t n, py::handle loss) {
+        Tensor(loss).put(symmetric_cross_entropy(statistics_of(given), n));
     });
     // The gradients of the symmetric loss, times `gradient`, from the statistics that `forward` gave.
-    module.def("symmetric_gradients", [](const std::string& isa, const Block& block, const Statistics& statistics,
-                                         double gradient, const Outputs& out, int threads) {
-        const Kernels& kernels = kernels_named(isa);
-        SymmetricCrossEntropy loss(statistics, block.n(), block.m());
-        const double dbias = loss.differentiate(gradient).dbias;
-        Scalars scalars = run(block, threads, [&](const Execution& with) {
+    module.def("symmetric_gradients", [](const py::tuple& of, const std::string& precision, int threads,
+                                         const py::tuple& given, double gradient, const py::tuple& gradients,
+                                         py::handle dbias) {
+        const Block block = block_of(of, precision);
+        SymmetricCrossEntropy loss(statistics_of(given), block.n(), block.m());
+        const Outputs out(gradients, dbias);
+        const double by_bias = loss.differentiate(gradient).dbias;
+        Scalars scalars = run(block, threads, [&](const Kernels& kernels, const Execution& with) {
             return kernels.backward(block, with, loss.weights(), out.gradients);
         });
-        scalars.dbias = dbias;
-        out.put_scalars(scalars, block.dtype);
+        scalars.dbias = by_bias;
+        out.put(scalars);
     });
 }
 
@@ -244,21 +248,26 @@ PYBIND11_MODULE(_cpu, module) {
             names.append(py::make_tuple(kernels.name, kernels.available()));
         return names;
     });
-    bind_nouns(module);
     bind_passes(module);
     bind_cross_entropy(module);
-    module.def("getenv", [](const char* name) -> const char* { return std::getenv(name); });
+    module.def("use_exchange_api", &dlpack::use);
+    module.def("getenv", [](const py::args& names) {
+        py::tuple values(names.size());
+        for (std::size_t i = 0; i < names.size(); ++i)
+            values[i] = py::cast(static_cast<const char*>(std::getenv(PyUnicode_AsUTF8(names[i].ptr()))));
+        return values;
+    });
     module.def("release_workspace", &Buffer::release);
     module.def("multiply_adds", [](const std::string& isa, const std::string& dtype, index_t rounds) {
         const Kernels& kernels = kernels_named(isa);
         const py::gil_scoped_release unlocked;
         return kernels.multiply_adds(dtype_from(dtype), rounds);
     });
-    module.def("exp2", [](const std::string& isa, const std::string& dtype, Address x, Address out, index_t count) {
+    module.def("exp2", [](const std::string& isa, const std::string& dtype, std::uintptr_t x, std::uintptr_t out, index_t count) {
         kernels_named(isa).exp2(dtype_from(dtype), pointer<void>(x), pointer<void>(out), count);
     });
-    module.def("softplus_and_sigmoid", [](const std::string& isa, const std::string& dtype, Address x, Address softplus,
-                                          Address sigmoid, index_t count) {
+    module.def("softplus_and_sigmoid", [](const std::string& isa, const std::string& dtype, std::uintptr_t x,
+                                          std::uintptr_t softplus, std::uintptr_t sigmoid, index_t count) {
         kernels_named(isa).softplus_and_sigmoid(dtype_from(dtype), pointer<void>(x), pointer<void>(softplus),
                                                 pointer<void>(sigmoid), count);
     });
