@@ -273,7 +273,9 @@ def _distillation_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if gradient is not None:
         dx, dy, dscale = dx * gradient, dy * gradient, dscale * gradient
-    return dx.to(dtype), dy.to(dtype), dscale
+    if dx.dtype != dtype:
+        dx, dy = dx.to(dtype), dy.to(dtype)
+    return dx, dy, dscale
 
 
 def _save_gradients(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -103,8 +103,11 @@ def symmetric(
 ) -> tuple[Tensor, Gradients, Tensor]:
     """The mean loss of both directions [], its gradients, in the dtype that `kept_dtype` says, and dbias []."""
     backend = dispatch.get(options.backend)
-    with without_autocast(x.device) if options.normalize else nullcontext():
-        block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options)
+    if options.normalize:
+        with without_autocast(x.device):
+            block = make_block(backend, x, y, scale, bias, image_ids, text_ids, options)
+    else:
+        block = Block(x, y, scale, bias, row_ids=image_ids, col_ids=text_ids, same_id=options.same_id)
     return backend.symmetric(block, kept_dtype(x.dtype))  # type: ignore[no-any-return]
 
 

@@ -202,9 +202,12 @@ def _run(run: Callable[..., Any], block: Block, *arguments: Any) -> Any:
 
 
 def _empty_gradients(block: Block, dtype: torch.dtype) -> Gradients:
-    if dtype not in gradient_dtypes(block.x.dtype):
-        dtype = accumulation_dtype(block.x.dtype)
-    dx, dy = (torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t in (block.x, block.y))
+    x, y = block.x, block.y
+    if dtype == x.dtype and x.is_contiguous() and y.is_contiguous():  # as it mostly is, and to say so takes time
+        return Gradients(torch.empty_like(x), torch.empty_like(y), torch.empty_like(block.scale))
+    if dtype not in gradient_dtypes(x.dtype):
+        dtype = accumulation_dtype(x.dtype)
+    dx, dy = (torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t in (x, y))
     return Gradients(dx, dy, torch.empty_like(block.scale))
 
 
