@@ -250,7 +250,7 @@ PYBIND11_MODULE(_cpu, module) {
     });
     bind_passes(module);
     bind_cross_entropy(module);
-    module.def("use_exchange_api", &dlpack::use);
+    dlpack::use(py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__"));
     module.def("getenv", [](const py::args& names) {
         py::tuple values(names.size());
         for (std::size_t i = 0; i < names.size(); ++i)

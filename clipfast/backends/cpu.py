@@ -48,7 +48,6 @@ def _why_missing(error: ImportError) -> str:
 try:
     from clipfast import _cpu
 
-    _cpu.use_exchange_api(Tensor.__dlpack_c_exchange_api__)
     _MISSING = ""
     environment = _cpu.getenv  # Python's own takes some functions, each of which is to be found in memory
     _INSTRUCTION_SETS = dict(_cpu.instruction_sets())
