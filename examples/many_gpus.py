@@ -32,4 +32,5 @@ for step in range(20):
     if rank == 0:
         print(step, value.item())
 torch.distributed.barrier()
+del model, loss, optimizer, value  # DDP holds the group, whose threads must end before Python does
 torch.distributed.destroy_process_group()

@@ -204,6 +204,21 @@ def test_softplus_and_sigmoid_at_the_ends(instruction_set: str) -> None:
     np.testing.assert_array_equal(sigmoid, [0, 0, half, 1, 1, np.nan])
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        (torch.ones(2, 3), torch.ones(2, 4), r"\[2, 3\] and \[2, 4\]"),
+        (torch.ones(2, 0), torch.ones(2, 0), "at least 1"),
+        (torch.ones(6), torch.ones(6), "matrices"),
+        (torch.ones(2, 3, dtype=torch.int32), torch.ones(2, 3, dtype=torch.int32), "float32, float64"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(x: torch.Tensor, y: torch.Tensor, says: str) -> None:
+    """Where the process would end."""
+    with pytest.raises(ValueError, match=says):
+        cpu.forward(Block(x, y, ONE, ONE))
+
+
 def test_ids_may_be_cut_out_of_others() -> None:
     x, y = features("random", 30, 40, 20)
     row_ids, col_ids = torch.arange(60, dtype=torch.int32) % 7, torch.arange(80, dtype=torch.int32) % 7

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from clipfast.block import (
-    IGNORE,
     Block,
     DistillationPass,
     Gradients,
