@@ -1,4 +1,4 @@
-# csrc/block.h says what the nouns hold; `precision` is torch.get_float32_matmul_precision().
+# csrc/block.h says what the nouns hold; `precision` is torch.get_float32_matmul_precision(), of float32.
 
 from torch import Tensor
 
@@ -7,6 +7,7 @@ from clipfast.block import Block, Gradients, Matches, Statistics, Weights
 KEPT_HEAD: int
 KEPT_PADDING: int
 
+def item(scalar: Tensor, /) -> float: ...  # of a 0-D tensor, float32 or float64
 def getenv(*names: str) -> tuple[str | None, ...]: ...
 def release_workspace() -> None: ...
 def instruction_sets() -> list[tuple[str, bool]]: ...

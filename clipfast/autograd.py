@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from clipfast import arguments
+from clipfast.backends.cpu import item
 
 Function = Callable[..., tuple[Tensor, ...]]
 Save = Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]]
@@ -201,7 +202,7 @@ _UNWATCHED = {Tensor, torch.nn.Parameter, type(None), bool, float, str, torch.dt
 
 def _is_one(gradient: Tensor) -> bool:
     """Whether what was formed can be given away as it is: it is not looked at again, and no device is waited for."""
-    return gradient.is_cpu and not _graph_is_kept() and gradient.item() == 1
+    return gradient.is_cpu and not _graph_is_kept() and item(gradient) == 1
 
 
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

@@ -189,7 +189,7 @@ def world_of(rank: int, world_size: int, device: torch.device, equal_shards: boo
 
 def warn_of_a_local_loss() -> None:
     """Once in a job of several processes whose loss sees this process's rows alone: it is rarely what was meant."""
-    if not _AVAILABLE or dist.group.WORLD is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _AVAILABLE or dist.group.WORLD is None:
         return
     if (count := dist.get_world_size()) > 1 and not _warned:
         _warned.append(True)

@@ -1,5 +1,5 @@
-// clipfast._cpu: tensors and the nouns of clipfast/block.h in, nothing computed here. Arguments are checked by the Python
-// side, but for what would end the process.
+// clipfast._cpu: tensors and the nouns of clipfast/block.py in, nothing computed here. Arguments are checked by the
+// Python side, but for what would end the process.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -34,8 +34,8 @@ DType dtype_from(const std::string& name) {
     throw std::invalid_argument("dtype: got " + name + "; accepted are float32, float64, bfloat16, float16");
 }
 
-// What torch.get_float32_matmul_precision says of float32; the kernels know which of the kinds pay on the instruction set
-// in use, and take a more exact one where they do not.
+// `precision` is what torch.get_float32_matmul_precision says, of float32; the kernels know which of the kinds pay on the instruction
+// set in use, and take a more exact one where they do not.
 Product product_of(DType dtype, const std::string& precision) {
     if (dtype == DType::bfloat16) return Product::bfloat16;
     if (dtype != DType::float32 || precision == "highest") return Product::exact;
@@ -63,7 +63,7 @@ const Kernels& kernels_in_use() {
     return name && *name ? kernels_named(name) : best;
 }
 
-// The nouns, from NamedTuples of tensors in the order of clipfast/block.h.
+// The nouns, from NamedTuples of tensors in the order of clipfast/block.py.
 
 template <class T>
 T* data(py::handle tensor) { return Tensor(tensor).data<T>(); }
@@ -71,6 +71,7 @@ T* data(py::handle tensor) { return Tensor(tensor).data<T>(); }
 Block block_of(const py::tuple& block, const std::string& precision) {
     const Tensor x(block[0]), y(block[1]), scale(block[2]), bias(block[3]), x_factor(block[5]), y_factor(block[6]);
     const Matrix rows = x.matrix(x_factor), cols = y.matrix(y_factor);
+    if (x.dtype() != y.dtype()) throw std::invalid_argument("x, y: have two dtypes; accepted is one");
     if (rows.rows < 1 || cols.rows < 1 || rows.cols < 1 || rows.cols != cols.cols)
         throw std::invalid_argument("x, y: got [" + std::to_string(rows.rows) + ", " + std::to_string(rows.cols) +
                                     "] and [" + std::to_string(cols.rows) + ", " + std::to_string(cols.cols) +
@@ -251,10 +252,14 @@ PYBIND11_MODULE(_cpu, module) {
     bind_passes(module);
     bind_cross_entropy(module);
     dlpack::use(py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__"));
+    module.def("item", [](py::handle scalar) { return Tensor(scalar).get(0); });
     module.def("getenv", [](const py::args& names) {
         py::tuple values(names.size());
-        for (std::size_t i = 0; i < names.size(); ++i)
-            values[i] = py::cast(static_cast<const char*>(std::getenv(PyUnicode_AsUTF8(names[i].ptr()))));
+        for (std::size_t i = 0; i < names.size(); ++i) {
+            const char* const name = PyUnicode_AsUTF8(names[i].ptr());
+            if (!name) throw py::error_already_set();
+            values[i] = py::cast(static_cast<const char*>(std::getenv(name)));
+        }
         return values;
     });
     module.def("release_workspace", &Buffer::release);
@@ -263,7 +268,8 @@ PYBIND11_MODULE(_cpu, module) {
         const py::gil_scoped_release unlocked;
         return kernels.multiply_adds(dtype_from(dtype), rounds);
     });
-    module.def("exp2", [](const std::string& isa, const std::string& dtype, std::uintptr_t x, std::uintptr_t out, index_t count) {
+    module.def("exp2", [](const std::string& isa, const std::string& dtype, std::uintptr_t x, std::uintptr_t out,
+                          index_t count) {
         kernels_named(isa).exp2(dtype_from(dtype), pointer<void>(x), pointer<void>(out), count);
     });
     module.def("softplus_and_sigmoid", [](const std::string& isa, const std::string& dtype, std::uintptr_t x,

@@ -1,5 +1,5 @@
-// Python's tensors, read by DLPack's C exchange API (github.com/dmlc/dlpack, major version 1), which torch 2.10 and later
-// offer as torch.Tensor.__dlpack_c_exchange_api__: without torch's headers, and without a call of Python.
+// Python's tensors, read by DLPack's C exchange API (github.com/dmlc/dlpack, major version 1), which torch 2.10 and
+// later offer as torch.Tensor.__dlpack_c_exchange_api__: without torch's headers, and without a call of Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "block.h"
 
@@ -25,12 +26,13 @@ struct DLTensor {
 };
 
 constexpr std::uint8_t kFloat = 2, kBfloat = 4;  // DLDataTypeCode
+constexpr std::int32_t kCPU = 1;                 // DLDeviceType
 
 struct ExchangeAPI {
     struct { std::uint32_t major, minor; } version;
     ExchangeAPI* previous;
     void *allocator, *from_object, *to_object;
-    int (*view)(void* object, DLTensor* out);  // holds as long as the object does; sets Python's error where it fails
+    int (*view)(void* object, DLTensor* out);  // of the object's own shape and memory; sets Python's error where it fails
     void* stream;
 };
 
@@ -46,15 +48,24 @@ inline void use(const pybind11::capsule& capsule) {
 
 }  // namespace dlpack
 
-// A tensor's memory, while the tensor lives; of None there is none.
+// A tensor's memory, while the tensor lives and nobody resizes it; of None there is none.
 class Tensor {
   public:
     explicit Tensor(pybind11::handle object) {
-        if (!object.is_none() && dlpack::api->view(object.ptr(), &view_)) throw pybind11::error_already_set();
+        if (object.is_none()) return;
+        if (dlpack::api->view(object.ptr(), &view_)) throw pybind11::error_already_set();
+        if (view_.device.type != dlpack::kCPU) throw std::invalid_argument("device: accepted is the CPU");
     }
 
+    // Its numbers, which must have T's size.
     template <class T>
-    T* data() const { return reinterpret_cast<T*>(static_cast<char*>(view_.data) + view_.byte_offset); }
+    T* data() const {
+        if constexpr (!std::is_void_v<T>)
+            if (*this && view_.dtype.bits != 8 * sizeof(T))
+                throw std::invalid_argument("dtype: got one of " + std::to_string(view_.dtype.bits) +
+                                            " bits; accepted is one of " + std::to_string(8 * sizeof(T)));
+        return reinterpret_cast<T*>(static_cast<char*>(view_.data) + view_.byte_offset);
+    }
 
     explicit operator bool() const { return view_.data; }
 

@@ -219,6 +219,13 @@ def test_what_cannot_be_read_is_refused(x: torch.Tensor, y: torch.Tensor, says: 
         cpu.forward(Block(x, y, ONE, ONE))
 
 
+def test_ids_of_another_dtype_are_refused() -> None:
+    """64 bits each, they would be read as twice as many."""
+    ids = torch.arange(3)
+    with pytest.raises(ValueError, match="dtype"):
+        cpu.forward(Block(torch.ones(3, 2), torch.ones(3, 2), ONE, ONE, row_ids=ids, col_ids=ids))
+
+
 def test_ids_may_be_cut_out_of_others() -> None:
     x, y = features("random", 30, 40, 20)
     row_ids, col_ids = torch.arange(60, dtype=torch.int32) % 7, torch.arange(80, dtype=torch.int32) % 7

@@ -48,11 +48,13 @@ try:
     from clipfast import _cpu
 
     _MISSING = ""
-    environment = _cpu.getenv  # Python's own takes some functions, each of which is to be found in memory
+    # Python's own, and torch's, take some functions, each of which is to be found in memory.
+    environment, item = _cpu.getenv, _cpu.item
     _INSTRUCTION_SETS = dict(_cpu.instruction_sets())
 except ImportError as error:
     _INSTRUCTION_SETS = {}
     _MISSING = _why_missing(error)
+    item = Tensor.item
 
     def environment(*names: str) -> tuple[str | None, ...]:
         return tuple(map(os.environ.get, names))
@@ -113,10 +115,8 @@ def folds_norms(dtype: torch.dtype) -> bool:
 def workspace_bytes(problem: Problem) -> int:
     instruction_set()
     needs = {need: need in problem.needs for need in (NORMS, RANKS, SYMMETRIC, SIGMOID, DISTILLATION)}
-    name, precision = str(problem.dtype).removeprefix("torch."), torch.get_float32_matmul_precision()
-    return _cpu.workspace_bytes(
-        name, precision, problem.n, problem.m, problem.d, **needs, threads=torch.get_num_threads()
-    )
+    name, sizes = str(problem.dtype).removeprefix("torch."), (problem.n, problem.m, problem.d)
+    return _cpu.workspace_bytes(name, _precision(problem.dtype), *sizes, **needs, threads=torch.get_num_threads())
 
 
 def kept_size(n: int, m: int) -> int:
@@ -187,7 +187,7 @@ def symmetric_gradients(
     block: Block, statistics: Statistics, gradient: Tensor, dtype: torch.dtype
 ) -> tuple[Gradients, Tensor]:
     gradients, dbias = _empty_gradients(block, dtype), torch.empty_like(block.scale)
-    _run(_cpu.symmetric_gradients, block, statistics, gradient.item(), gradients, dbias)
+    _run(_cpu.symmetric_gradients, block, statistics, item(gradient), gradients, dbias)
     return gradients, dbias
 
 
@@ -196,12 +196,17 @@ def _run(run: Callable[..., Any], block: Block, *arguments: Any) -> Any:
     if block.row_ids is not None and block.col_ids is not None:
         # They take ids side by side, and these may have been cut out of others.
         block = block._replace(row_ids=block.row_ids.contiguous(), col_ids=block.col_ids.contiguous())
-    return run(block, torch.get_float32_matmul_precision(), torch.get_num_threads(), *arguments)
+    return run(block, _precision(block.x.dtype), torch.get_num_threads(), *arguments)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How products of float32 are taken; torch refuses to say where it is set in two ways, and only they ask."""
+    return torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
 
 
 def _empty_gradients(block: Block, dtype: torch.dtype) -> Gradients:
     x, y = block.x, block.y
-    if dtype == x.dtype and x.is_contiguous() and y.is_contiguous():  # as it mostly is, and to say so takes time
+    if dtype == x.dtype and x.is_contiguous() and y.is_contiguous():  # the common case, and the shorter call
         return Gradients(torch.empty_like(x), torch.empty_like(y), torch.empty_like(block.scale))
     if dtype not in gradient_dtypes(x.dtype):
         dtype = accumulation_dtype(x.dtype)
