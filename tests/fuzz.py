@@ -136,7 +136,10 @@ def rounding(
         largest_teacher = ones if case.normalize else math.prod(t.double().norm(dim=1).max() for t in given.teacher[:2])
         largest = largest + given.teacher[2] * largest_teacher
     terms = case.m / 4 if case.d == 1 or case.kind == "collapsed" else math.sqrt(case.m)
-    relative = 4 * torch.finfo(accumulation_dtype(promoted)).eps * (largest + 2 + terms)
+    eps = torch.finfo(accumulation_dtype(promoted)).eps
+    relative = 4 * eps * (largest + 2 + terms)
+    if promoted == torch.float64 and case.forms == ("expanded columns", "expanded columns"):
+        relative = relative + eps * largest * case.d / 4  # of the truth itself, whose logits add up equal terms
     if case.normalize and promoted in HALF_DTYPES:  # normalized rows are rounded to their dtype
         relative = relative + 2 * torch.finfo(promoted).eps * (largest + 2)
     # Units that multiply bfloat16 as it is take G rounded to it.
