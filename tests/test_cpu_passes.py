@@ -210,6 +210,7 @@ def test_softplus_and_sigmoid_at_the_ends(instruction_set: str) -> None:
         (torch.ones(2, 3), torch.ones(2, 4), r"\[2, 3\] and \[2, 4\]"),
         (torch.ones(2, 0), torch.ones(2, 0), "at least 1"),
         (torch.ones(6), torch.ones(6), "matrices"),
+        (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bfloat16), "two dtypes"),
         (torch.ones(2, 3, dtype=torch.int32), torch.ones(2, 3, dtype=torch.int32), "float32, float64"),
     ],
 )
