@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from oracle import SCALES, assert_three_way, error, features, ours, reasons_against, same_dtype, truth
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("random", "trained", "matched", "opposed", "collapsed", "unnormalized")
@@ -79,6 +79,21 @@ def test_well_trained_rows_keep_their_gradient(backend: str) -> None:
         magnitude = getattr(exact, name).abs().max().item()
         assert error(getattr(got, name), getattr(exact, name)) <= 1e-4 * magnitude, name
         assert error(getattr(dense, name), getattr(exact, name)) > 1e-2 * magnitude, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_scale_keeps_its_gradient_in_a_narrow_cone(backend: str, dtype: torch.dtype) -> None:
+    """Cosines of untrained encoders lie close together (Liang et al. 2022, "Mind the Gap"), near 0.9 here.
+
+    What the positives take from dscale and what the others add are hundreds of times what is left: it is right only
+    where neither G nor a product of it was rounded to half precision on the way.
+    """
+    x, y = (normalize(f + 3 * features("random", 1, 1, 64)[0], dim=1) for f in features("random", 192, 192, 64))
+    x, y = x.to(dtype), y.to(dtype)
+    exact, got, dense = truth(x, y, 14.3), ours(x, y, 14.3, backend=backend), same_dtype(x, y, 14.3)
+    assert error(got.dscale, exact.dscale) <= 1e-3 * exact.dscale.abs()
+    if dtype == torch.bfloat16:
+        assert error(dense.dscale, exact.dscale) > 1e-2 * exact.dscale.abs()
 
 
 def test_float16_gradient_survives_a_large_batch(backend: str) -> None:

@@ -326,7 +326,10 @@ def _exponentials(logits: Tensor, lse: Tensor, weight: Tensor) -> Tensor:
 
 
 def _operand_dtype(inputs: Tensor | Problem) -> torch.dtype:
-    """Of the logits' product: half as it is where a product of halves can return float32."""
+    """Of the products: half as it is where a product of halves can return float32.
+
+    Rounded to half, the logits would be wrong, and a gradient's product would cost dscale its digits.
+    """
     return inputs.dtype if returns_sums(inputs.device) else accumulation_dtype(inputs.dtype)
 
 
