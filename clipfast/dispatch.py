@@ -11,6 +11,7 @@ import torch
 from clipfast import arguments
 from clipfast.backends import cpu, torch as torch_backend, triton
 from clipfast.problem import Problem, accumulation_dtype
+from clipfast.products import float32_precision
 
 # `auto` takes the first without a reason against itself, so the order is the order of speed.
 BACKENDS: tuple[ModuleType, ...] = (triton, cpu, torch_backend)
@@ -44,7 +45,7 @@ def environment() -> tuple[str | None, ...]:
     """What a choice depends on beside its arguments, in a process that has what it has."""
     if torch.compiler.is_compiling():  # which cannot trace the others, and nothing is remembered then
         return (os.environ.get(ENVIRONMENT_VARIABLE),)
-    return *cpu.environment(*_VARIABLES), torch.get_float32_matmul_precision()
+    return *cpu.environment(*_VARIABLES), float32_precision("cuda")
 
 
 def select(problem: Problem, backend: object = "auto") -> str:

@@ -15,6 +15,8 @@ from importlib import metadata
 
 import torch
 
+from clipfast.products import float32_precision
+
 # "ranks" is the statistics kernel with ids or ranks, and the matches that they are counted by; "kept" is the one that
 # stores its products, with or without these.
 KERNELS = ("statistics", "ranks", "kept", "gradient", "accumulate", "sigmoid", "distillation", "projection")
@@ -236,12 +238,12 @@ def _step_down(count: int) -> int:
 
 
 def float32_product(device: Device) -> str:
-    """How the product of float32 features is computed, as torch.set_float32_matmul_precision says.
+    """How the product of float32 features is computed, as PyTorch is told.
 
     "highest" is real float32. "high" is TF32 where the device has it, else three bfloat16 products, the two that
     torch's documentation names. "medium" is one bfloat16 product: the caller rounds the features.
     """
-    precision = torch.get_float32_matmul_precision()
+    precision = float32_precision("cuda")
     if precision == "highest" or device.interpreted:
         return "ieee"
     return "bf16" if precision == "medium" else "tf32"

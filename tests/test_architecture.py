@@ -13,9 +13,10 @@ PACKAGE = Path(clipfast.__file__).parent
 
 # Each layer may import the layers below it, never one above or beside it.
 LAYERS = (
-    {"problem", "reference", "tuning", "_cpu"},
-    {"kernels", "kernels.tiles", "block"},
-    {"logit_sums", "norms", "products", "arguments", "memory", "kernels.operands"},
+    {"problem", "reference", "_cpu"},
+    {"kernels", "kernels.tiles", "block", "products"},
+    {"tuning"},
+    {"logit_sums", "norms", "arguments", "memory", "kernels.operands"},
     {"kernels.statistics", "kernels.gradient", "kernels.vectors", "kernels.ranks"},
     {"kernels.sigmoid", "kernels.chunks", "kernels.projection", "kernels.distillation"},
     {"kernels.launch"},

@@ -90,6 +90,26 @@ def test_medium_precision_multiplies_bfloat16(instruction_set: str, monkeypatch:
     assert torch.equal(singles.dy.bfloat16(), halves.dy)
 
 
+@pytest.mark.usefixtures("_matmul_precision")
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+@pytest.mark.parametrize(("of_backend", "precision"), [("ieee", "highest"), ("tf32", "high"), ("bf16", "medium")])
+def test_precision_set_for_a_backend(
+    instruction_set: str, of_backend: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's newer way, in which torch.get_float32_matmul_precision() may raise, and CUDA's does not matter here."""
+    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, instruction_set)
+    pair = features("random", 70, 90, 100)
+    torch.set_float32_matmul_precision(precision)
+    expected = ours(*pair, 14.3, backend="cpu")
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.matmul.fp32_precision = of_backend
+    for of_cuda in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = of_cuda
+        got = ours(*pair, 14.3, backend="cpu")
+        for name, value in vars(expected).items():
+            assert torch.equal(getattr(got, name), value), name
+
+
 def test_an_instruction_set_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(cpu.ENVIRONMENT_VARIABLE, raising=False)
     assert cpu.instruction_set() == AVAILABLE[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from oracle import error, features
+from oracle import error, features, reasons_against
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from towers import Towers
@@ -165,6 +165,19 @@ def test_model_and_loss_as_one_graph(backend: str) -> None:
         compiled(images, texts).backward()
         assert_close(gradients(step.model), exact_gradients(step.model, images, texts))
     assert compiled_graphs() == 2
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_one_graph_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept there depends on how float32 is multiplied, which the interpreter is not asked."""
+    if reasons := reasons_against("triton", torch.float32):
+        pytest.skip("; ".join(reasons))
+    triton = dispatch.get("triton")
+    monkeypatch.setattr(triton, "_interpreted", lambda: False)
+    monkeypatch.setattr(triton, "_missing", lambda device: ())
+    step, (images, texts) = Step(Towers(), "triton"), batch(9)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(images, texts).backward()
+    assert_close(gradients(step.model), exact_gradients(step.model, images, texts))
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

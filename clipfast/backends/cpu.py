@@ -23,6 +23,7 @@ from clipfast.block import (
     gradient_dtypes,
 )
 from clipfast.problem import DISTILLATION, NORMS, RANKS, SIGMOID, SYMMETRIC, Problem, accumulation_dtype
+from clipfast.products import float32_precision
 
 
 def _why_missing(error: ImportError) -> str:
@@ -200,8 +201,7 @@ def _run(run: Callable[..., Any], block: Block, *arguments: Any) -> Any:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How products of float32 are taken; torch refuses to say where it is set in two ways, and only they ask."""
-    return torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
+    return float32_precision("cpu") if dtype == torch.float32 else ""
 
 
 def _empty_gradients(block: Block, dtype: torch.dtype) -> Gradients:

@@ -15,6 +15,7 @@ from torch import Tensor
 from clipfast import tuning
 from clipfast.block import Block, DistillationPass, Gradients, Matches, SigmoidPass, Statistics, Weights
 from clipfast.problem import DISTILLATION, IDS, SIGMOID, Problem
+from clipfast.products import float32_precision
 
 NAME = "triton"
 
@@ -103,7 +104,7 @@ def keeping(dtype: torch.dtype) -> tuple[bool, str]:
     By the figures of an H100: 8 bytes of traffic per logit, at 3.35 TB/s, against 2 d operations, at 800 TFLOP/s in
     halves, 400 in TF32 and 60 in float32.
     """
-    exact = dtype == torch.float32 and (_interpreted() or torch.get_float32_matmul_precision() == "highest")
+    exact = dtype == torch.float32 and (_interpreted() or float32_precision("cuda") == "highest")
     longer = "longer" if exact else "hardly longer"
     return exact, f"to form a logit takes {longer} than its 8 bytes of traffic, by arithmetic that nobody has measured"
 
@@ -171,9 +172,9 @@ def _reasons_once(device: torch.device, interpreted: bool) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-# What is installed does not change, and torch.compile cannot trace the look-up. This is what
+# torch.compile can trace neither. What is installed does not change, and what is kept changes no result. This is what
 # torch.compiler.assume_constant_result does, which would import the compiler, 900 modules.
-_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_missing._dynamo_marked_constant = keeping._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _device_reasons(device: torch.device) -> tuple[str, ...]:
